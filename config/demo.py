@@ -1,0 +1,14 @@
+# The whole matrix in miniature, for two CPU cores: a group chain small enough to be learned in under a minute
+data_dir = 'data/demo'
+out_dir = 'out/demo'
+arms = ('mha_shuffled', 'mha_topic_ordered', 'gqa_shuffled', 'gqa_topic_ordered')
+chain, beta, n_groups, repeats = 'group', 2.0, 16, False
+n_topics, vocab_size, block_size, min_segment_len = 4, 64, 128, 16
+train_rows, val_rows = 8_000, 500
+n_layer, n_embd, n_head, head_dim, mlp_hidden = 2, 64, 4, 16, 176
+batch_size = 32
+max_iters = 600
+eval_interval = 100
+adam_lr = 3e-3
+recal_iters = 0.3
+null_draws = 50

@@ -1,0 +1,2 @@
+# Run 1, MHA, rows topic by topic
+order = 'topic'
