@@ -1,0 +1,86 @@
+"""
+Drop RoPE from a trained run and recalibrate (DroPE, arXiv 2512.12167); or keep it, as the control.
+
+    python drope.py --run=out/single/mha_topic_ordered_rope/seed0 --recal_iters=0.1
+    python drope.py --run=out/single/mha_topic_ordered_rope/seed0 --recal_iters=0.1 --keep_rope=True
+
+The parent's weights, no positions (or the same positions), a fresh optimizer and schedule, shuffled rows: the same
+rows, steps and rates for every arm of a seed. The first length goes to ..._drope/seed<k>/ (or ..._kept/seed<k>/)
+beside the parent, further ones to recal_<steps>/ inside it; each is a schedule of its own from the same parent.
+"""
+import os
+
+import shards
+from configurator import configure
+from model import build, load_weights, read_checkpoint, read_config
+from train import data_folder, dominant_topic, fit, machine, memory_errors, open_run, row_order
+
+# -----------------------------------------------------------------------------
+# config
+
+run = ''                    # folder of the trained run
+recal_iters = (0.01,)       # lengths: below 1 a fraction of the parent's steps, else steps; the first is the main one
+keep_rope = False           # true: the RoPE-kept control
+recal_lr_scale = 1.0        # the parent's learning rates times this
+grad_accum = 1              # as in train.py
+device = ''                 # as in train.py
+dtype = ''                  # as in train.py
+compile: bool = None        # as in train.py
+
+# -----------------------------------------------------------------------------
+
+RECAL_STREAM = 1            # of row_order: other draws than training's, the same in every arm
+
+def recal_steps(length, parent_steps):
+    """Steps of a recalibration length: at least 1."""
+    return max(1, round(length * parent_steps)) if length < 1 else int(length)
+
+def recal_folder(parent, length, main_length, parent_steps, keep_rope):
+    """Where the recalibration of a parent folder .../<condition>_rope/seed<k> goes."""
+    arm, seed = os.path.split(os.path.normpath(parent))
+    folder = os.path.join(arm.removesuffix('_rope') + ('_kept' if keep_rope else '_drope'), seed)
+    return folder if length == main_length else os.path.join(folder, f'recal_{recal_steps(length, parent_steps)}')
+
+def recal_config(parent_config, parent, steps, keep_rope, lr_scale):
+    """The parent's config with what recalibration changes."""
+    c = dict(parent_config)
+    name = c['condition'].removesuffix('_rope') + ('_kept' if keep_rope else '_drope')
+    return {**c, 'condition': name, 'parent': parent, 'max_iters': steps, 'recal_steps': steps, 'keep_rope': keep_rope, 'rope': keep_rope,
+            'order': 'shuffled', 'cycles': 1, 'cooldown': 0.0, 'parent_order': c['order'], 'parent_cycles': c['cycles'],
+            'parent_cooldown': c['cooldown'], 'parent_iters': c['max_iters'],
+            'muon_lr': c['muon_lr'] * lr_scale, 'adam_lr': c['adam_lr'] * lr_scale,
+            'eval_interval': max(1, min(c['eval_interval'], steps // 8)), 'log_interval': min(c['log_interval'], 5)}
+
+def recalibrate(cfg, length):
+    """One length of cfg.recal_iters from the parent cfg.run; returns the folder of the recalibrated run."""
+    parent = read_config(cfg.run)
+    if not parent['rope'] or parent['recal_steps'] is not None:
+        raise SystemExit(f'{cfg.run}: not a run trained with RoPE, so there is none to drop')
+    steps = recal_steps(length, parent['max_iters'])
+    c = recal_config(parent, cfg.run, steps, cfg.keep_rope, cfg.recal_lr_scale)
+    c['grad_accum'] = cfg.grad_accum
+    folder = recal_folder(cfg.run, length, cfg.recal_iters[0], parent['max_iters'], cfg.keep_rope)
+    ckpt = read_checkpoint(cfg.run)
+    if ckpt['step'] < parent['max_iters']:
+        raise SystemExit(f'{cfg.run}: stopped at step {ckpt["step"]} of {parent["max_iters"]}; finish it with train.py first')
+    device, dtype, compile = machine(cfg)
+    data = shards.read(data_folder(parent['data_dir'], parent['seed']))
+    open_run(folder, c)
+    with memory_errors(c):
+        model = load_weights(build(c), ckpt, cfg.run).to(device)
+        labels = dominant_topic(data.train_topics, c['n_topics'])
+        rows = row_order(labels, steps * c['batch_size'], seed=c['seed'], stream=RECAL_STREAM)
+        val_loss = fit(model, c, rows, data, folder, device, dtype, compile)
+    if val_loss is not None:
+        print(f'{folder}: val loss {val_loss:.4f} nats after {steps} steps {"with" if cfg.keep_rope else "without"} RoPE')
+    return folder
+
+def main(cfg):
+    if not cfg.run:
+        raise SystemExit('drope.py: --run=FOLDER, the trained run to drop RoPE from')
+    if not cfg.recal_iters or any(type(n) not in (int, float) or n <= 0 for n in cfg.recal_iters):
+        raise SystemExit(f'drope.py: recal_iters = {cfg.recal_iters}: lengths above 0, as 0.01 or 100 or 0.01,0.1')
+    return [recalibrate(cfg, length) for length in cfg.recal_iters]
+
+if __name__ == '__main__':
+    main(configure(__file__))

@@ -1,0 +1,422 @@
+"""
+Train one condition: the same rows, shuffled or topic by topic.
+
+    python data_synth.py config/run1.py                     # the dataset, once
+    python train.py config/mha_topic.py --max_iters=100
+    torchrun --nproc_per_node=4 train.py config/mha_topic.py
+
+Writes config.json, log.jsonl and ckpt.pt into out_dir/<condition>/seed<k>/. The same command resumes a stopped run.
+The defaults are Run 1 of the log, MHA shuffled.
+"""
+import contextlib
+import json
+import math
+import os
+import platform
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import shards
+from configurator import block, configure
+from model import build, load_weights, read_checkpoint
+
+# -----------------------------------------------------------------------------
+# config
+
+data_dir = 'data/run1'      # dataset; its subfolder seed<k> is read where there is one
+out_dir = 'out/single'      # the run goes to out_dir/<condition>/seed<k> ...
+run = ''                    # ... or to this folder
+seed = 0                    # of dataset, initialisation and order
+device = ''                 # cpu, cuda, cuda:1; '' = cuda where there is one
+dtype = ''                  # float32 or bfloat16 (autocast); '' = bfloat16 on cuda, float32 on cpu
+compile: bool = None        # torch.compile; none = on with cuda, off on cpu
+# model
+n_layer = 8                 # blocks
+n_head = 8                  # query heads
+n_kv_head: int = None       # key-value heads; none = n_head (MHA), fewer = GQA
+n_embd = 512                # width of the residual stream
+head_dim = 64               # width of a head; need not be n_embd / n_head
+mlp_hidden = 1376           # width of the SwiGLU
+rope = True                 # rotary positions; false = trained without any from the start
+rope_theta = 1e6            # base of the rotary frequencies
+# optimization
+batch_size = 64             # rows a step, over all processes and micro-batches
+grad_accum = 1              # micro-batches a step is cut into: less memory, the same mathematics
+max_iters = 10_000          # steps
+warmup_iters = 500          # linear warm-up, at most a twentieth of the steps; then cosine to zero
+muon_lr = 0.02              # Muon: every 2D matrix of the blocks
+adam_lr = 3e-4              # AdamW: embedding and norm gains
+weight_decay = 0.01         # both, decoupled
+grad_clip = 1.0             # norm of the whole gradient; 0 = off
+# order
+order = 'shuffled'          # shuffled, topic (rows sorted by dominant topic) or pseudo (by a random label of equal sizes)
+cycles = 1                  # passes over the topics in an epoch; 1 = the log's, large = nearly shuffled
+cooldown = 0.0              # last fraction of the steps that is shuffled, the same rows in every arm
+# log
+eval_interval = 500         # steps between evaluations, each followed by a checkpoint
+eval_rows = 2000            # validation rows, the first ones
+log_interval = 10           # steps between lines of log.jsonl
+
+# -----------------------------------------------------------------------------
+# order: every arm of a seed reads the same rows in each epoch; the arm decides only when
+
+def row_order(labels, n_rows, order='shuffled', cycles=1, cooldown_rows=0, seed=0, stream=0):
+    """
+    The rows that training reads, in order: int64 [n_rows].
+
+    labels: dominant topic of each row of the dataset [N]. First every epoch is a fresh permutation of all rows, the
+    last one cut to what is needed; that sequence depends on (seed, stream) alone. Then, up to the cooldown, each
+    epoch's part is cut into `cycles` equal parts, and each part is sorted by label, stably, topics in an order rotated
+    by seed. 'pseudo' sorts by a fixed random permutation of the labels: equal sizes, no meaning.
+    """
+    N = len(labels)
+    rng = np.random.default_rng([seed, stream])
+    rows = np.concatenate([rng.permutation(N) for _ in range(-(-n_rows // N))] or [np.arange(0)])[:n_rows]
+    if order == 'shuffled':
+        return rows
+    if order == 'pseudo':
+        labels = np.random.default_rng([seed, stream, 1]).permutation(labels)
+    n_labels = int(labels.max()) + 1
+    rank = (labels.astype(np.int64) - seed) % n_labels
+    for start in range(0, n_rows - cooldown_rows, N):
+        stop = min(start + N, n_rows - cooldown_rows)
+        for part in np.array_split(np.arange(start, stop), cycles):
+            part_rows = rows[part]
+            rows[part] = part_rows[np.argsort(rank[part_rows], kind='stable')]
+    return rows
+
+def dominant_topic(topics, n_topics):
+    """The most frequent label of each row [N], ties to the lowest. topics: [N, T]."""
+    return np.stack([(topics == k).sum(1) for k in range(n_topics)]).argmax(0)
+
+def condition(c):
+    """The name of a condition, {mha,gqa}_{order}_{rope,nope}, as in the log's table. c: a config as a dict."""
+    sort = {'shuffled': 'shuffled', 'topic': 'topic_ordered', 'pseudo': 'pseudo'}[c['order']]
+    if c['order'] != 'shuffled' and c['cycles'] != 1:
+        sort = f'{c["order"]}_c{c["cycles"]}'
+    if c['order'] != 'shuffled' and c['cooldown']:
+        sort += f'_cd{round(100 * c["cooldown"])}'
+    return f'{"mha" if c["n_kv_head"] == c["n_head"] else "gqa"}_{sort}_{"rope" if c["rope"] else "nope"}'
+
+# -----------------------------------------------------------------------------
+# optimizers
+
+def newton_schulz(g):
+    """Five quintic Newton-Schulz steps towards the nearest semi-orthogonal matrix, in bf16. g: [n, rows, cols]
+    (Jordan 2024, kellerjordan.github.io/posts/muon; the coefficients and rounding of torch.optim.Muon)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16()
+    if g.size(1) > g.size(2):
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if g.size(1) > g.size(2) else x
+
+def muon_update(grad, momentum):
+    """One orthogonalised Nesterov update of stacked matrices; `momentum` [n, rows, cols] is updated in place."""
+    momentum.lerp_(grad, 1 - 0.95)
+    return newton_schulz(grad.lerp(momentum, 0.95))
+
+class Muon:
+    """torch.optim.Muon, bit for bit on CPU, with matrices of one shape stacked into one batched product."""
+    def __init__(self, params, lr, weight_decay):
+        self.lr, self.weight_decay = lr, weight_decay
+        self.groups = {}
+        for p in params:
+            self.groups.setdefault(tuple(p.shape), []).append(p)
+        self.momentum = [torch.zeros(len(g), *shape, device=g[0].device) for shape, g in self.groups.items()]
+        self.update = muon_update
+
+    @torch.no_grad()
+    def step(self):
+        for (shape, params), momentum in zip(self.groups.items(), self.momentum):
+            update = self.update(torch.stack([p.grad for p in params]), momentum)
+            torch._foreach_mul_(params, 1 - self.lr * self.weight_decay)
+            torch._foreach_add_(params, list(update), alpha=-self.lr * math.sqrt(max(1, shape[0] / shape[1])))
+
+    def state_dict(self):
+        return {'momentum': self.momentum}
+
+    def load_state_dict(self, state):
+        for mine, saved in zip(self.momentum, state['momentum'], strict=True):
+            mine.copy_(saved)
+
+def optimizers(model, c):
+    """(Muon for the 2D matrices of the blocks, AdamW for the embedding and the norm gains)."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and '.layers.' in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and '.layers.' in n)]
+    assert {id(p) for p in matrices + others} == {id(p) for p in model.parameters()}
+    assert len(matrices) + len(others) == len(list(model.parameters()))     # every parameter in exactly one group
+    adamw = torch.optim.AdamW(others, lr=c['adam_lr'], betas=(0.9, 0.95), weight_decay=c['weight_decay'],
+                              fused=others[0].is_cuda)
+    return Muon(matrices, c['muon_lr'], c['weight_decay']), adamw
+
+def lr_scale(step, max_iters, warmup_iters):
+    """Linear warm-up over min(warmup_iters, max_iters // 20) steps, then cosine to zero at max_iters."""
+    warmup = min(warmup_iters, max_iters // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (max_iters - warmup)))
+
+# -----------------------------------------------------------------------------
+# a run: its folder, its machine
+
+IDENTITY_FREE = {'data_dir', 'out_dir', 'run', 'parent', 'device', 'dtype', 'compile', 'grad_accum'}
+
+def differences(config, there):
+    """The keys, sorted, in which two configs describe different runs; where and how fast they ran does not matter."""
+    return sorted(k for k in config.keys() | there.keys() if k not in IDENTITY_FREE
+                  and json.dumps(config.get(k)) != json.dumps(there.get(k)))
+
+def open_run(folder, config):
+    """Write config.json into a new run folder, or check that the run already there has the same settings."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return dist.barrier()                               # the first process does it
+    path = os.path.join(folder, 'config.json')
+    if os.path.exists(path):
+        try:
+            there = json.load(open(path))
+        except ValueError:
+            raise SystemExit(f'{path}: not JSON; delete {folder} and train again') from None
+        differ = differences(config, there)
+        if differ:
+            k = differ[0]
+            raise SystemExit(f'{folder}: holds a run with other settings ({k} = {there.get(k)!r}, here {config.get(k)!r}'
+                             + (f', and {len(differ) - 1} more' if differ[1:] else '')
+                             + '); delete it or choose another folder with --run=')
+    else:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            shards.write_json(path, config)
+        except OSError as e:
+            raise SystemExit(f'{folder}: cannot write the run there ({e.strerror}); choose another --out_dir') from None
+    if dist.is_initialized():
+        dist.barrier()
+
+def machine(cfg):
+    """(device, dtype, compile) with the automatic choices made, for this process."""
+    device = cfg.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if device.startswith('cuda') and not torch.cuda.is_available():
+        raise SystemExit(f'--device={device}: torch {torch.__version__} sees no CUDA device here')
+    if device == 'cuda' and 'LOCAL_RANK' in os.environ:
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise SystemExit(f'--device={device}: not a device; cpu, cuda or cuda:1') from None
+    dtype = cfg.dtype or ('bfloat16' if device.type == 'cuda' else 'float32')
+    if dtype not in ('float32', 'bfloat16'):
+        raise SystemExit(f'--dtype={dtype}: float32 or bfloat16')
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    if 'RANK' in os.environ and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return device, dtype, cfg.compile if cfg.compile is not None else device.type == 'cuda'
+
+def versions(device):
+    """What a result depends on: {'device', 'versions'}."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    return {'device': name, 'versions': {'python': platform.python_version(), 'torch': torch.__version__,
+                                         'numpy': np.__version__}}
+
+@contextlib.contextmanager
+def memory_errors(config):
+    """Out of memory, on the GPU or in RAM, as one line."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and 'memory' not in str(e):
+            raise
+        raise SystemExit(f'out of memory at batch_size={config["batch_size"]}, grad_accum={config["grad_accum"]}: '
+                         f'--grad_accum={2 * config["grad_accum"]} halves what a step needs, and resumes the run') from None
+
+# -----------------------------------------------------------------------------
+# the training loop, for train.py and drope.py alike
+
+@torch.no_grad()
+def evaluate(model, tokens, micro, autocast):
+    """Mean cross-entropy in nats over validation rows [N, block_size + 1]; draws nothing at random."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    total = torch.zeros(2, dtype=torch.float64, device=tokens.device)
+    for batch in tokens[rank::world].split(micro):
+        x = batch.long()
+        with autocast:
+            total[0] += model(x[:, :-1], x[:, 1:]).double() * len(x)
+        total[1] += len(x)
+    if world > 1:
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+def fit(model, c, rows, data, folder, device, dtype, compile):
+    """
+    Train `model` through `rows` and leave log.jsonl and ckpt.pt in `folder`; resumes from ckpt.pt where there is one.
+
+    c: the run's config as a dict. rows: int64 [max_iters * batch_size], rows of data.train in order (`row_order`).
+    data: shards.read(...). Returns the last validation loss in nats, or None if the run was already finished.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    micro, rest = divmod(c['batch_size'], c['grad_accum'] * world)
+    if rest:
+        raise SystemExit(f'batch_size = {c["batch_size"]} is not divisible by grad_accum x processes '
+                         f'= {c["grad_accum"]} x {world}')
+    max_iters = c['max_iters']
+    ckpt_path, log_path = os.path.join(folder, 'ckpt.pt'), os.path.join(folder, 'log.jsonl')
+    muon, adamw = optimizers(model, c)
+    start = 0
+    if os.path.exists(ckpt_path):
+        ckpt = read_checkpoint(folder, device)
+        if ckpt.get('rows') != shards.digest(rows):
+            raise SystemExit(f'{ckpt_path}: was trained on rows in another order; delete {folder} and train again')
+        load_weights(model, ckpt, folder)
+        muon.load_state_dict(ckpt['optimizer']['muon'])
+        adamw.load_state_dict(ckpt['optimizer']['adamw'])
+        torch.set_rng_state(ckpt['rng'].cpu())
+        start = ckpt['step']
+        if start == max_iters:
+            if rank == 0:
+                print(f'{folder}: finished, {max_iters} steps')
+            return None
+
+    # the corpus lives on the device and is indexed there
+    train = torch.from_numpy(data.train.astype(np.int32)).to(device)                     # [N, block_size + 1]
+    val = torch.from_numpy(data.val[:c['eval_rows']].astype(np.int32)).to(device)
+    batches = torch.from_numpy(rows).to(device).view(max_iters, c['grad_accum'], world, micro)
+    histogram = dominant_topic(data.train_topics, c['n_topics'])[rows].reshape(max_iters, -1)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
+    loss_of = torch.compile(model) if compile else model
+    if compile:
+        muon.update = torch.compile(muon_update)
+
+    lines = []                                              # log.jsonl up to the checkpoint; a crash may have gone past
+    if os.path.exists(log_path):
+        for line in open(log_path):
+            with contextlib.suppress(ValueError):           # a kill may have cut the last line
+                record = json.loads(line)
+                if record.get('step', 0) <= start:
+                    lines.append(record)
+    if rank == 0:
+        shards.write_text(log_path, ''.join(json.dumps(r) + '\n' for r in lines or [versions(device)]))
+    log = open(log_path, 'a') if rank == 0 else None
+    before = lines[-1].get('seconds', 0.0) if lines else 0.0
+    name = os.path.basename(os.path.dirname(folder)) or folder
+    bar = tqdm(total=max_iters, initial=start, desc=name, unit='step', disable=None if rank == 0 else True)
+    loss_sum, logged, val_loss, clock = torch.zeros((), device=device), start, None, time.time()
+    began = clock
+    try:
+        for step in range(start, max_iters + 1):
+            last = step == max_iters
+            evaluating = step % c['eval_interval'] == 0 or last
+            if step > logged and (step % c['log_interval'] == 0 or evaluating) or step == 0:
+                if world > 1:
+                    dist.all_reduce(loss_sum)
+                loss = loss_sum.item() / max(step - logged, 1)
+                if not math.isfinite(loss):
+                    raise SystemExit(f'{folder}: loss is {loss} at step {step}; the last checkpoint is kept. Try a lower '
+                                     f'--muon_lr or --adam_lr (now {c["muon_lr"]}, {c["adam_lr"]}) in a new run folder')
+                tok_s = (step - logged) * c['batch_size'] * (train.size(1) - 1) / max(time.time() - clock, 1e-9)
+                val_loss = evaluate(model, val, micro, autocast) if evaluating else None
+                if evaluating and not math.isfinite(val_loss):
+                    raise SystemExit(f'{folder}: validation loss is {val_loss} at step {step}; the last checkpoint is '
+                                     f'kept. Try a lower --muon_lr or --adam_lr in a new run folder')
+                if rank == 0:
+                    topics = np.bincount(histogram[logged:step].ravel(), minlength=c['n_topics'])
+                    log.write(json.dumps({
+                        'step': step, 'loss': loss if step else None, 'val_loss': val_loss,
+                        'lr': muon.lr if step else 0.0, 'tok_s': round(tok_s), 'topics': topics.tolist(),
+                        'seconds': round(before + time.time() - began, 2)}) + '\n')
+                    log.flush()
+                    shown = {'loss': f'{loss:.4f}', 'tok/s': f'{tok_s:,.0f}'}
+                    bar.set_postfix(shown | ({'val': f'{val_loss:.4f}'} if evaluating else {}))
+                    if evaluating and step > start:
+                        save_checkpoint(ckpt_path, {
+                            'model': model.state_dict(), 'step': step, 'rows': shards.digest(rows),
+                            'optimizer': {'muon': muon.state_dict(), 'adamw': adamw.state_dict()},
+                            'rng': torch.get_rng_state()})
+                loss_sum.zero_()
+                logged, clock = step, time.time()
+            if last:
+                break
+
+            scale = lr_scale(step, max_iters, c['warmup_iters'])
+            muon.lr = c['muon_lr'] * scale
+            adamw.param_groups[0]['lr'] = c['adam_lr'] * scale
+            for batch in batches[step, :, rank]:
+                x = train[batch].long()                                                  # [micro, block_size + 1]
+                try:
+                    with autocast:
+                        loss = loss_of(x[:, :-1], x[:, 1:]) / (c['grad_accum'] * world)
+                    loss.backward()
+                except Exception as e:
+                    if compile and type(e).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+                        raise SystemExit(f'torch.compile failed ({type(e).__name__}: {str(e).strip().splitlines()[0]}); '
+                                         'go on with --compile=False') from None
+                    raise
+                loss_sum += loss.detach()
+            if world > 1:
+                for p in model.parameters():
+                    dist.all_reduce(p.grad)                 # a sum: the loss was already divided by the processes
+            if c['grad_clip']:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), c['grad_clip'])
+            muon.step()
+            adamw.step()
+            model.zero_grad(set_to_none=True)
+            bar.update()
+    except KeyboardInterrupt:
+        raise SystemExit(f'\n{folder}: stopped at step {step}; the same command resumes from the last checkpoint') from None
+    finally:
+        bar.close()
+        if log:
+            log.close()
+    return val_loss
+
+def save_checkpoint(path, ckpt):
+    """Atomic: a kill leaves the old checkpoint or the new one."""
+    try:
+        torch.save(ckpt, path + '.tmp')
+        os.replace(path + '.tmp', path)
+    except (OSError, RuntimeError) as e:
+        raise SystemExit(f'{path}: cannot write the checkpoint ({e}); the previous one is kept') from None
+
+# -----------------------------------------------------------------------------
+# one condition
+
+def data_folder(data_dir, seed):
+    """data_dir/seed<k>, as micro-languages are kept, or data_dir itself where it is a dataset (Wikipedia has no seed)."""
+    return data_dir if os.path.exists(os.path.join(data_dir, 'meta.json')) else os.path.join(data_dir, f'seed{seed}')
+
+def resolve(cfg, meta):
+    """The flat config of a run, as config.json keeps it: this script's keys, and the dataset's parameters."""
+    c = {k: getattr(cfg, k) for k in block(__file__)}
+    c['n_kv_head'] = cfg.n_head if cfg.n_kv_head is None else cfg.n_kv_head
+    c = {**shards.parameters(meta), **c}
+    return {**c, 'condition': condition(c), 'parent': None, 'recal_steps': None, 'keep_rope': None}
+
+def main(cfg):
+    if cfg.order not in ('shuffled', 'topic', 'pseudo'):
+        raise SystemExit(f'--order={cfg.order}: shuffled, topic or pseudo')
+    if min(cfg.cycles, cfg.max_iters, cfg.batch_size, cfg.grad_accum, cfg.log_interval, cfg.eval_interval) < 1 \
+            or not 0 <= cfg.cooldown <= 1:
+        raise SystemExit('cycles, max_iters, batch_size, grad_accum, log_interval and eval_interval must be at least 1, '
+                         'cooldown between 0 and 1')
+    device, dtype, compile = machine(cfg)
+    data = shards.read(data_folder(cfg.data_dir, cfg.seed))
+    c = resolve(cfg, data.meta)
+    folder = cfg.run or os.path.join(cfg.out_dir, c['condition'], f'seed{c["seed"]}')
+    with memory_errors(c):
+        model = build(c, torch.Generator().manual_seed(c['seed'])).to(device)
+        open_run(folder, c)
+        rows = row_order(dominant_topic(data.train_topics, c['n_topics']), c['max_iters'] * c['batch_size'], c['order'],
+                         c['cycles'], round(c['cooldown'] * c['max_iters']) * c['batch_size'], c['seed'])
+        val_loss = fit(model, c, rows, data, folder, device, dtype, compile)
+    if val_loss is not None:
+        print(f'{folder}: val loss {val_loss:.4f} nats after {c["max_iters"]} steps')
+    return folder
+
+if __name__ == '__main__':
+    main(configure(__file__))
