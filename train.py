@@ -298,7 +298,7 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
         for line in open(log_path):
             with contextlib.suppress(ValueError):           # a kill may have cut the last line
                 record = json.loads(line)
-                if record.get('step', 0) <= start:
+                if 'step' not in record or record['step'] <= start > 0:
                     lines.append(record)
     if rank == 0:
         shards.write_text(log_path, ''.join(json.dumps(r) + '\n' for r in lines or [versions(device)]))

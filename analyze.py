@@ -1,0 +1,183 @@
+"""
+Measure a trained run: attention, probes and circuits, into analysis.json of its folder.
+
+    python analyze.py --run=out/single/mha_topic_ordered_rope/seed0
+
+Runs the checkpoint in fp32 over the first validation rows, layer by layer, every pattern causal. The measures are
+defined in measures.py. --causal=False is for one comparison only: it takes the mask away, as the log's own analysis did,
+and writes the two columns that this gives (entropy, within share) to analysis_unmasked.json.
+"""
+import base64
+import json
+import math
+import os
+import time
+import zlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import measures
+import shards
+from configurator import configure
+from model import build, load_weights, read_checkpoint, read_config
+from train import data_folder, machine, memory_errors, versions
+
+# -----------------------------------------------------------------------------
+# config
+
+run = ''                    # folder of the run
+analysis_rows = 400         # validation rows, the first ones
+probe_tokens = 50_000       # at most, half to train the probes and half, from other rows, to test them
+null_draws = 1000           # label exchanges behind O's z and p
+causal = True               # false: the log's unmasked columns instead
+device = ''                 # as in train.py
+dtype = ''                  # ignored: analysis is fp32
+compile: bool = None        # ignored
+
+# -----------------------------------------------------------------------------
+
+def tidy(x, digits=6):
+    """Arrays and floats as JSON: nested lists, that many significant digits, nan as null."""
+    if isinstance(x, dict):
+        return {k: tidy(v, digits) for k, v in x.items()}
+    if isinstance(x, (list, tuple, np.ndarray, torch.Tensor)):
+        return [tidy(v, digits) for v in (x.tolist() if hasattr(x, 'tolist') else x)]
+    if isinstance(x, float):
+        return float(f'{x:.{digits}g}') if math.isfinite(x) else None
+    return x
+
+def row_batches(n_rows, n_head, T, device):
+    """Slices of rows whose patterns, in fp64 and several copies, fit in memory; none crosses the middle."""
+    size = max(1, (4 << 30 if device.type == 'cuda' else 256 << 20) // (n_head * T * T * 40))
+    half = n_rows // 2
+    cuts = [*range(0, half, size), *range(half, n_rows, size), n_rows]
+    return [slice(a, b) for a, b in zip(cuts, cuts[1:])]
+
+def pattern_map(pattern, topics, which, layer, head, score_p):
+    """An attention pattern [T, T] as a picture in JSON: max-pooled to at most 256 a side, one byte a cell, zlib, base64."""
+    pool = -(-len(pattern) // 256)
+    small = F.max_pool2d(pattern[None, None], pool, ceil_mode=True)[0, 0]                  # [T/pool, T/pool]
+    top = small.max().item()
+    cells = (small / top * 255).round().byte().cpu().numpy()
+    return {'which': which, 'layer': layer, 'head': head, 'score_p': score_p, 'topics': topics[::pool].tolist(),
+            'shape': list(cells.shape), 'max': top, 'uint8': base64.b64encode(zlib.compress(cells.tobytes(), 9)).decode()}
+
+def circuits(model, theta):
+    """Singular values and effective ranks of QK (at distances 0, 1, 16 where there is RoPE) and OV, [L][H]..."""
+    qk, ov = {}, []
+    for distance in (0, 1, 16) if model.rope else (0,):
+        qk[str(distance)] = torch.stack([measures.qk_spectrum(
+            b.self_attn.q_proj.weight, b.self_attn.k_proj.weight, b.input_layernorm.weight,
+            b.self_attn.q_norm.weight, b.self_attn.k_norm.weight, distance, theta) for b in model.model.layers])
+    ov = torch.stack([measures.ov_spectrum(b.self_attn.o_proj.weight, b.self_attn.v_proj.weight,
+                                           b.input_layernorm.weight, b.self_attn.head_dim) for b in model.model.layers])
+    rank = measures.effective_rank
+    return {'qk': qk, 'ov': ov, 'qk_rank': {d: rank(s) for d, s in qk.items()}, 'ov_rank': rank(ov)}
+
+def main(cfg):
+    if not cfg.run:
+        raise SystemExit('analyze.py: --run=FOLDER, the trained run to analyse')
+    clock = time.time()
+    c = read_config(cfg.run)
+    ckpt = read_checkpoint(cfg.run)
+    if ckpt['step'] < c['max_iters']:
+        raise SystemExit(f'{cfg.run}: stopped at step {ckpt["step"]} of {c["max_iters"]}; finish it first')
+    device, _, _ = machine(cfg)
+    data = shards.read(data_folder(c['data_dir'], c['seed']))
+    n_rows, T, L, H = min(cfg.analysis_rows, len(data.val)), c['block_size'], c['n_layer'], c['n_head']
+    if n_rows < 4:
+        raise SystemExit(f'analyze.py: analysis_rows = {n_rows}; at least 4 rows are needed')
+    model = load_weights(build(c), ckpt, cfg.run).to(device).eval()
+    tokens = torch.from_numpy(data.val[:n_rows, :-1].astype(np.int64)).to(device)          # [n_rows, T]
+    z = torch.from_numpy(data.val_topics[:n_rows, :-1].astype(np.int64)).to(device)
+    batches = row_batches(n_rows, H, T, device)
+
+    # ---- the log's columns, for comparison
+    if not cfg.causal:
+        parts = [[measures.unmasked_measures(pattern, z[b]) for _, pattern in model.trace(tokens[b], causal=False)
+                  if pattern is not None] for b in tqdm(batches, desc='unmasked', unit='batch', disable=None)]
+        mean = {k: torch.cat([torch.stack([layer[k] for layer in p]) for p in parts], 1).mean().item()
+                for k in ('entropy', 'within_all')}
+        result = {'causal': False, 'mean': tidy(mean), 'uniform': tidy(measures.uniform_measures(z, causal=False))}
+        shards.write_json(os.path.join(cfg.run, 'analysis_unmasked.json'), result)
+        print(f'{cfg.run}, no causal mask (the log\'s columns): entropy {mean["entropy"]:.2f} nats, '
+              f'within {mean["within_all"]:.1%}, uniform attention {result["uniform"]["within_all"]:.1%}')
+        return result
+
+    # ---- one pass over the rows: sums of each layer for each half of the rows, activations at the probes' tokens
+    generator = torch.Generator().manual_seed(c['seed'])
+    probe_at = measures.probe_tokens(n_rows, T, cfg.probe_tokens, generator)               # indices into rows x T
+    sums = [[None] * L, [None] * L]
+    activations = [[[], []] for _ in range(L + 1)]
+    with memory_errors(c):
+        for b in tqdm(batches, desc=f'analyse {os.path.relpath(cfg.run)}', unit='batch', disable=None, leave=False):
+            half = sums[b.start >= n_rows // 2]
+            for layer, (hidden, pattern) in enumerate(model.trace(tokens[b])):
+                flat = hidden.flatten(0, 1)                                                # [rows * T, n_embd]
+                for split, at in enumerate(probe_at):
+                    mine = at[(at >= b.start * T) & (at < b.stop * T)] - b.start * T
+                    activations[layer][split].append(flat[mine.to(device)].cpu().numpy())
+                if pattern is not None:
+                    part = measures.attention_sums(pattern, z[b], c['n_topics'])
+                    half[layer - 1] = measures.add(half[layer - 1], part)
+
+    # ---- attention
+    p_half = np.stack([measures.score_p(s) for s in sums[0]])                              # [L, H] on the first half alone
+    layers = [measures.add(a, b) for a, b in zip(*sums)]
+    nulls = [measures.o_null(s, cfg.null_draws, seed=c['seed']) for s in layers]           # the same draws for every head
+    by_layer = [measures.head_measures(s, null=n) for s, n in zip(layers, nulls)]
+    heads = {name: np.stack([m[name] for m in by_layer]) for name in by_layer[0]}          # name -> [L, H]
+    joined = (np.concatenate(parts, axis=-1) for parts in zip(*nulls))
+    heads['o_p_max'] = measures.max_statistic(*joined).reshape(L, H)
+    # the heads to look at are chosen on one half of the rows and drawn from the other: its first row of most runs
+    second = z[n_rows // 2:].cpu()
+    row = n_rows // 2 + measures.runs(second)[1].argmax().item()
+    patterns = [p[0] for _, p in model.trace(tokens[row:row + 1]) if p is not None]        # L of [H, T, T]
+    ranked = np.nan_to_num(p_half).ravel().argsort()
+    maps = [pattern_map(patterns[i // H][i % H], z[row].cpu(), which, int(i // H), int(i % H), tidy(float(p_half.flat[i])))
+            for which, i in (('most topical', ranked[-1]), ('least topical', ranked[0]))]
+
+    # ---- probes: train and test tokens come from different rows
+    train_at, test_at = (at.numpy() for at in probe_at)
+    x, y = tokens.flatten().cpu().numpy(), z.flatten().cpu().numpy()
+    distance = measures.distance_from_boundary(z).flatten().cpu().numpy()[test_at]
+    correct = [measures.probe(np.concatenate(a), y[train_at], np.concatenate(b), seed=c['seed']) == y[test_at]
+               for a, b in tqdm(activations, desc='probes', unit='layer', disable=None, leave=False)]
+    by_distance = [measures.by_distance(k, distance) for k in correct]
+    probe = {'accuracy': [k.mean() for k in correct], 'train_tokens': len(train_at), 'test_tokens': len(test_at),
+             'majority': measures.majority(y[train_at], y[test_at]), 'ceiling': None, 'ceiling_by_distance': None,
+             'token': measures.token_identity(x[train_at], y[train_at], x[test_at], y[test_at], c['vocab_size']),
+             'distance': by_distance[0]['distance'], 'by_distance': [d['accuracy'] for d in by_distance],
+             'count_by_distance': by_distance[0]['count']}
+    if data.val_posterior is not None:
+        posterior = np.asarray(data.val_posterior[:n_rows, :-1], np.float32).reshape(n_rows * T, -1)[test_at]
+        probe['ceiling'] = measures.posterior_accuracy(posterior, y[test_at])
+        probe['ceiling_by_distance'] = measures.by_distance(posterior.argmax(-1) == y[test_at], distance)['accuracy']
+
+    # ---- circuits, beside those of the same model before training
+    spectra = circuits(model, c['rope_theta'])
+    fresh = circuits(build(c, torch.Generator().manual_seed(c['seed'])), c['rope_theta'])
+    spectra['init'] = {k: fresh[k] for k in ('qk_rank', 'ov_rank')}
+
+    records = [json.loads(line) for line in open(os.path.join(cfg.run, 'log.jsonl'))]
+    result = {
+        'condition': c['condition'], 'seed': c['seed'], 'recal_steps': c['recal_steps'], 'keep_rope': c['keep_rope'],
+        'steps': c['max_iters'], 'val_loss': records[-1]['val_loss'], 'train_seconds': records[-1]['seconds'],
+        'references': data.meta.get('references') or dict.fromkeys(('uniform', 'bigram', 'filter', 'oracle')),
+        'n_topics': c['n_topics'], 'block_size': T, 'rows': n_rows, 'causal': True, **versions(device),
+        'heads': tidy(heads), 'mean': tidy({k: float(np.nanmean(v)) if not np.isnan(v).all() else None
+                                            for k, v in heads.items()}),
+        'uniform': tidy(measures.uniform_measures(z)), 'probe': tidy(probe), 'circuits': tidy(spectra, 4), 'maps': maps,
+        'seconds': round(time.time() - clock, 2)}
+    shards.write_json(os.path.join(cfg.run, 'analysis.json'), result)
+    middle = L // 2
+    print(f'{cfg.run}: P {result["mean"]["score_p"]:+.3f}, O {result["mean"]["score_o"] or 0:+.3f}, within '
+          f'{result["mean"]["within"]:.1%} (uniform {result["uniform"]["within"]:.1%}), probe[{middle}] '
+          f'{probe["accuracy"][middle]:.3f}, {result["seconds"]:.0f} s')
+    return result
+
+if __name__ == '__main__':
+    main(configure(__file__))

@@ -1,0 +1,186 @@
+"""Order, resume, processes and DroPE: the real scripts, tiny, on datasets made here."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import shards
+from train import dominant_topic, lr_scale, row_order
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--head_dim=8', '--mlp_hidden=24', '--batch_size=8',
+        '--adam_lr=0.003', '--log_interval=1', '--device=cpu']
+
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+
+def run(script, *args):
+    """A script as a person would run it, on one CPU thread."""
+    return subprocess.run([sys.executable, os.path.join(HERE, script), *args], capture_output=True, text=True, env=ENV)
+
+@pytest.fixture(scope='session')
+def dataset(tmp_path_factory):
+    """100 rows of 33 tokens over 20 symbols and 3 topics, of unequal sizes; no structure is needed here."""
+    rng = np.random.default_rng(0)
+    topics = rng.choice(3, (100, 1), p=(0.5, 0.3, 0.2)) + np.zeros((100, 33), int)
+    topics[:, 20:] = rng.integers(0, 3, (100, 1))
+    tokens = (rng.integers(0, 20, (100, 33)) + topics) % 20
+    folder = str(tmp_path_factory.mktemp('data') / 'tiny')
+    shards.write(folder, dict(train=tokens, train_topics=topics, val=tokens[:16], val_topics=topics[:16]),
+                 dict(vocab_size=20, block_size=32, n_topics=3))
+    return folder
+
+def weights(folder):
+    return torch.load(os.path.join(folder, 'ckpt.pt'), weights_only=True)['model']
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+# -----------------------------------------------------------------------------
+# order
+
+LABELS = np.random.default_rng(0).choice(4, 100, p=(0.4, 0.3, 0.2, 0.1))
+ARMS = [('shuffled', 1), ('topic', 1), ('topic', 4), ('pseudo', 1), ('pseudo', 4)]
+
+@pytest.mark.parametrize('n_rows', (100, 300, 250, 64))            # whole epochs, and fractions of one
+@pytest.mark.parametrize('cooldown', (0, 40))
+def test_arms_read_the_same_rows_in_every_epoch(n_rows, cooldown):
+    reference = row_order(LABELS, n_rows, seed=3)
+    assert sorted(reference[:100]) == list(range(100))[:n_rows] or n_rows < 100
+    for order, cycles in ARMS:
+        rows = row_order(LABELS, n_rows, order, cycles, cooldown, seed=3)
+        edges = sorted({*range(0, n_rows, 100), n_rows - cooldown, n_rows})
+        for a, b in zip(edges, edges[1:]):
+            assert sorted(rows[a:b]) == sorted(reference[a:b])
+        assert (rows[n_rows - cooldown:] == reference[n_rows - cooldown:]).all()
+        if order != 'shuffled':
+            assert not (rows == reference).all()
+    assert sorted(row_order(LABELS, n_rows, seed=4)) != sorted(reference) or n_rows % 100 == 0
+
+def test_topic_order_is_blocks():
+    n_blocks = lambda x: 1 + int((np.diff(x) != 0).sum())
+    rows = row_order(LABELS, 200, 'topic', seed=1)
+    assert LABELS[rows[0]] == 1                                    # the order of topics is rotated by seed
+    assert n_blocks(LABELS[rows[:100]]) == n_blocks(LABELS[rows[100:]]) == 4
+    assert n_blocks(LABELS[row_order(LABELS, 100, 'topic', 5, seed=1)]) == 5 * 4
+    reference = row_order(LABELS, 100, seed=1)
+    for k in range(4):                                             # stable: the shuffle survives inside a block
+        assert (rows[:100][LABELS[rows[:100]] == k] == reference[LABELS[reference] == k]).all()
+    pseudo = row_order(LABELS, 100, 'pseudo', seed=1)
+    assert n_blocks(LABELS[pseudo]) > 40                           # blocks of another label, which says nothing of topics
+
+def test_dominant_topic_and_learning_rate():
+    assert dominant_topic(np.array([[0, 1, 1], [2, 2, 1], [0, 1, 2]]), 3).tolist() == [1, 2, 0]
+    lr = [lr_scale(s, 1000, 500) for s in range(1000)]
+    assert lr[0] == 1 / 50 and lr[49] == 1 and max(lr) == 1 and 0 < lr[-1] < 1e-5     # warm-up is at most a twentieth
+    assert lr_scale(499, 10_000, 500) == 1 and lr_scale(5250, 10_000, 500) == pytest.approx(0.5)
+
+# -----------------------------------------------------------------------------
+# resume
+
+DIE_WHILE_SAVING = """
+import os, signal, sys, torch
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+save, calls = torch.save, [0]
+def half(obj, path):
+    calls[0] += 1
+    save(obj, path)
+    if calls[0] == 2:
+        os.truncate(path, os.path.getsize(path) // 2)              # the disk holds half of it when the process dies
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+import runpy
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+def kill_at(step, log, *command):
+    """Start a script and kill -9 it once its log has reached a step; whether it was still running."""
+    process = subprocess.Popen([sys.executable, *command], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        if os.path.exists(log) and open(log).read().count('"step"') > step:
+            process.kill()
+            break
+        time.sleep(0.001)
+    return process.wait() == -signal.SIGKILL
+
+def test_resume_after_kill_is_bit_equal(dataset, tmp_path):
+    """Killed at random steps between checkpoints and once while a checkpoint is written, in training and recalibration."""
+    steps, seed = 60, time.time_ns()
+    print('kills drawn with seed', seed)
+    rng = random.Random(seed)
+    def commands(name):
+        parent = f'{tmp_path}/{name}_rope/seed0'
+        return {parent: [os.path.join(HERE, 'train.py'), *TINY, f'--data_dir={dataset}', f'--run={parent}', '--order=topic',
+                         '--cycles=2', f'--max_iters={steps}', '--eval_interval=10'],
+                f'{tmp_path}/{name}_drope/seed0': [os.path.join(HERE, 'drope.py'), f'--run={parent}', f'--recal_iters={steps}']}
+    for folder, command in commands('whole').items():
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    for folder, command in commands('killed').items():
+        log, whole = os.path.join(folder, 'log.jsonl'), folder.replace('killed', 'whole')
+        assert kill_at(rng.randint(1, 9), log, *command)           # before the first checkpoint
+        assert kill_at(rng.randint(12, 45), log, *command)         # after one, between two
+        died = subprocess.run([sys.executable, '-c', DIE_WHILE_SAVING, *command], env=ENV, capture_output=True)
+        assert died.returncode == -signal.SIGKILL and os.path.exists(os.path.join(folder, 'ckpt.pt.tmp'))
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+        assert same(weights(folder), weights(whole))
+        records, expected = ([json.loads(line) for line in open(os.path.join(f, 'log.jsonl'))][1:] for f in (folder, whole))
+        assert [r['step'] for r in records] == list(range(steps + 1))      # the log has no gaps and no repeats
+        assert [(r['loss'], r['val_loss']) for r in records] == [(r['loss'], r['val_loss']) for r in expected]
+    assert not same(weights(f'{tmp_path}/whole_rope/seed0'), weights(f'{tmp_path}/whole_drope/seed0'))
+
+# -----------------------------------------------------------------------------
+# processes and micro-batches
+
+def losses(folder):
+    return np.array([[r['loss'] or 0, r['val_loss'] or 0] for r in map(json.loads, list(open(folder + '/log.jsonl'))[1:])])
+
+def test_two_processes_and_micro_batches_match_one(dataset, tmp_path):
+    """
+    Two gloo processes and one, at the same global batch. They are compared where the gradients are summed in the same
+    order (one process with two micro-batches), losses and weights; with the whole batch in one product the losses of the
+    first steps agree too. Later rounding shows: Muon makes all directions of a gradient equally large, also those that
+    hold next to nothing, and in bf16, so 1e-7 in a sum has moved a matrix by 1% after 20 steps.
+    """
+    args = [*TINY, '--n_head=4', '--n_embd=64', '--head_dim=16', '--mlp_hidden=176', '--batch_size=32', '--max_iters=20',
+            f'--data_dir={dataset}', '--order=topic']
+    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
+    for name, launcher, extra in (('one', [], []), ('two', torchrun, []), ('halves', [], ['--grad_accum=2'])):
+        done = subprocess.run([sys.executable, *launcher, os.path.join(HERE, 'train.py'), *args, *extra,
+                               f'--out_dir={tmp_path}/{name}'], env=ENV, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    folder = lambda name: f'{tmp_path}/{name}/mha_topic_ordered_rope/seed0'
+    one, two, halves = (losses(folder(name)) for name in ('one', 'two', 'halves'))
+    assert len(one) == 21 and np.ptp(one[1:, 0]) > 0.01
+    assert abs(two - halves).max() < 1e-4
+    assert abs(two - one)[:8].max() < 1e-4
+    a, b = weights(folder('two')), weights(folder('halves'))
+    assert all((a[k] - b[k]).norm() / b[k].norm() < 1e-3 for k in b)
+
+# -----------------------------------------------------------------------------
+# DroPE
+
+def test_drop_and_kept_control(dataset, tmp_path):
+    """The dropped and the kept run read the same rows at the same rates and differ in RoPE alone."""
+    parent = f'{tmp_path}/mha_shuffled_rope/seed0'
+    assert run('train.py', *TINY, f'--data_dir={dataset}', f'--run={parent}', '--max_iters=40').returncode == 0
+    for keep in (False, True):
+        done = run('drope.py', f'--run={parent}', '--recal_iters=0.5,4', f'--keep_rope={keep}')
+        assert done.returncode == 0, done.stderr
+    drope, kept = f'{tmp_path}/mha_shuffled_drope/seed0', f'{tmp_path}/mha_shuffled_kept/seed0'
+    for sub, steps in (('', 20), ('/recal_4', 4)):
+        a, b = (json.load(open(f + sub + '/config.json')) for f in (drope, kept))
+        assert {k for k in a if a[k] != b[k]} == {'rope', 'keep_rope', 'condition'} and a['max_iters'] == steps
+        rows = [torch.load(f + sub + '/ckpt.pt', weights_only=True)['rows'] for f in (drope, kept)]
+        assert rows[0] == rows[1]
+    first = [next(r for r in map(json.loads, open(f + '/log.jsonl')) if 'step' in r)['val_loss'] for f in (drope, kept)]
+    assert first[1] == pytest.approx(losses(parent)[-1, 1], abs=1e-6)      # kept begins where the parent ended
+    assert abs(first[0] - first[1]) > 1e-5                                 # without RoPE it is another function
