@@ -47,12 +47,13 @@ VAL_SEGMENTS = (2, 5)       # not a knob: validation rows are cut alike in every
 N_SPECIAL = 3               # range: PAD, BOS, EOS
 SIGNATURES = 50             # range: favoured pairs of tokens per topic ...
 SIGNATURE_BOOST = 10 / 0.3  # ... and the factor on them
+DRAW_ROWS = 25_000          # rows that share a random stream: part of what a seed means
 
 
 def check(cfg):
     """Stops with one line at the first setting that cannot work."""
-    row, low, high, V, T, G = (cfg.block_size + 1, cfg.min_segments, cfg.max_segments, cfg.vocab_size, cfg.n_topics,
-                               cfg.n_groups)
+    row, low, high = cfg.block_size + 1, cfg.min_segments, cfg.max_segments
+    V, T, G = cfg.vocab_size, cfg.n_topics, cfg.n_groups
     most, ranges, groups = max(high, VAL_SEGMENTS[1]), cfg.chain == 'range', cfg.chain == 'group'
     need = 12 * T * V * (V if ranges else G) / 2**30  # tables in fp32, their sums in fp64
     have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30
@@ -65,11 +66,12 @@ def check(cfg):
         (not 0 < T <= 255, f'n_topics={T}: choose 1 to 255, labels are uint8'),
         (T == 1 and not cfg.repeats, 'n_topics=1 needs repeats=True, there is no other topic to turn to'),
         (low > high, f'min_segments={low} is more than max_segments={high}'),
-        (most * cfg.min_segment_len > row, f'{most} segments of min_segment_len={cfg.min_segment_len} do not fit in a row '
-         f'of block_size + 1 = {row} tokens (validation rows have up to {VAL_SEGMENTS[1]}); lower min_segment_len'),
+        (most * cfg.min_segment_len > row,
+         f'{most} segments of min_segment_len={cfg.min_segment_len} do not fit in a row of block_size + 1 = {row} '
+         f'tokens (validation rows have up to {VAL_SEGMENTS[1]}); lower min_segment_len'),
         (ranges and not 0 < cfg.concentration < 1e6, f'concentration={cfg.concentration}: choose above 0, below 1e6'),
-        (ranges and V < N_SPECIAL + 2 * T, f'vocab_size={V}: {N_SPECIAL} special tokens and 2 for each of {T} topics '
-         f'need {N_SPECIAL + 2 * T}'),
+        (ranges and V < N_SPECIAL + 2 * T, f'vocab_size={V}: {T} ranges and {N_SPECIAL} special tokens need '
+         f'{N_SPECIAL + 2 * T}'),
         (groups and not 0 <= cfg.beta <= 5, f'beta={cfg.beta}: choose 0 to 5'),
         (groups and (G < 1 or V % max(G, 1)), f'n_groups={G} does not cut vocab_size={V} into equal groups'),
         (need > have, f'the tables need {need:.0f} GiB, the machine has {have:.0f}; lower vocab_size or n_topics'),
@@ -77,8 +79,8 @@ def check(cfg):
         if wrong:
             raise SystemExit(f'data_synth.py: {line}')
     try:
-        torch.empty(1, device=cfg.device or None)
-    except (RuntimeError, AssertionError):
+        torch.empty(1, dtype=torch.float64, device=cfg.device or None)
+    except (RuntimeError, AssertionError, TypeError):
         raise SystemExit(f'data_synth.py: device={cfg.device!r} is not to be had here; choose cpu or cuda') from None
 
 
@@ -112,28 +114,26 @@ def group_table(rng, z, cfg):
 
 
 def make_tables(cfg, stream):
-    """tables fp32 [T, R, V] and row_of int64 [V], the row of each previous token. stream: a SeedSequence."""
-    rngs = [np.random.default_rng(s) for s in stream.spawn(cfg.n_topics)]
-    make, row_of = range_table, np.maximum(np.arange(cfg.vocab_size) - N_SPECIAL, 0)  # special tokens never come
-    if cfg.chain == 'group':
-        make, row_of = group_table, np.arange(cfg.vocab_size) // (cfg.vocab_size // cfg.n_groups)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy leaves the lock to others while it works
-        return np.stack(list(pool.map(make, rngs, range(cfg.n_topics), [cfg] * cfg.n_topics))), row_of
+    """
+    tables fp32 [T, R, V], sums fp64 [T, R, V] and row_of int64 [V], the row of each previous token. sums holds
+    cumulative rows, the r-th of all T * R from r to exactly r + 1, so that one search serves them all.
+    stream: a SeedSequence, of which each topic gets a child.
+    """
+    V, T = cfg.vocab_size, cfg.n_topics
+    R = cfg.n_groups if cfg.chain == 'group' else V - N_SPECIAL
+    row_of = np.arange(V) // (V // R) if cfg.chain == 'group' else np.maximum(np.arange(V) - N_SPECIAL, 0)
+    tables, sums, seeds = np.empty((T, R, V), np.float32), np.empty((T, R, V)), stream.spawn(T)
 
-
-def cumulate(tables):
-    """fp64 [T, R, V]: cumulative rows, the r-th of all T * R from r to exactly r + 1: one search serves them all."""
-    T, R, _ = tables.shape
-    sums = np.empty(tables.shape)
-
-    def one(z):
+    def make(z):
+        table = group_table if cfg.chain == 'group' else range_table
+        tables[z] = table(np.random.default_rng(seeds[z]), z, cfg)
         np.cumsum(tables[z], axis=1, dtype=np.float64, out=sums[z])
         sums[z] /= sums[z, :, -1:].copy()
         sums[z] += np.arange(z * R, z * R + R)[:, None]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(one, range(T)))
-    return sums
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy lets other threads run while it works
+        list(pool.map(make, range(T)))
+    return tables, sums, row_of
 
 
 # -----------------------------------------------------------------------------
@@ -148,7 +148,9 @@ def draw_segments(rng, chain, rows, length, low, high, shortest):
     for k in range(low, high + 1):
         which, rest = np.flatnonzero(n == k), length - k * shortest
         if chain == 'range':
-            extra = rng.multinomial(rest, np.full(k, 1 / k), len(which))
+            # each spare token picks a segment: integers alone are the same with every version of numpy
+            pick = rng.integers(0, k, (len(which), rest), np.uint8)
+            extra = np.stack([(pick == i).sum(1) for i in range(k)], axis=1)
         else:  # k - 1 bars in rest + k - 1 places: a uniform subset, by Floyd's algorithm
             bars = np.full((len(which), k - 1), -1)
             for i in range(k - 1):
@@ -168,22 +170,43 @@ def draw_topics(rng, lengths, n_topics, repeats):
     return topics.astype(np.uint8).ravel().repeat(lengths.ravel()).reshape(len(lengths), -1)
 
 
-def draw_tokens(rng, sums, row_of, first, topics, desc=''):
+def draw_tokens(stream, sums, row_of, first, topics, desc=''):
     """
-    Tokens uint16 [rows, length] for topics uint8 [rows, length]: the first uniform over first..V-1, each next one drawn
-    from the previous token by the table of its own topic. sums, row_of: tensors, of cumulate and make_tables.
+    Tokens uint16 [rows, length] for topics uint8 [rows, length]: the first uniform over first..V-1, each next one
+    drawn from the previous token by the table of its own topic. stream: a SeedSequence. sums, row_of: of make_tables,
+    as tensors of the device that is to search them.
     """
-    (rows, length), (_, R, V), device = topics.shape, sums.shape, sums.device
-    tokens, z = np.empty((length, rows), np.uint16), torch.from_numpy(topics.T.copy()).to(device)
-    tokens[0] = rng.integers(first, V, rows)
-    x = torch.from_numpy(tokens[0].astype(np.int64)).to(device)
-    for t in tqdm(range(1, length), desc, disable=None):
-        # 32 random bits, so that row + u is exact in fp64 and never rounds up into the next row
-        u = torch.from_numpy(rng.integers(0, 2**32, rows, np.uint32) * 2.0**-32).to(device)
-        key, order = (z[t].long() * R + row_of[x] + u).sort()  # sorted, neighbours share cache lines: 1.5 times as fast
-        x[order] = torch.searchsorted(sums.view(-1), key, right=True) - key.long() * V
-        tokens[t] = x.cpu().numpy()
-    return np.ascontiguousarray(tokens.T)
+    tokens, (_, R, V), device = np.empty(topics.shape, np.uint16), sums.shape, sums.device
+    seeds = stream.spawn(-(-len(topics) // DRAW_ROWS))
+
+    def draw(rows):
+        rng = np.random.default_rng(seeds[rows.start // DRAW_ROWS])
+        z = torch.from_numpy(topics[rows].T.copy()).to(device)
+        x = rng.integers(first, V, z.shape[1])
+        out = [x.astype(np.uint16)]
+        x = torch.from_numpy(x).to(device)
+        for t in range(1, len(z)):
+            # 32 random bits, so that row + u is exact in fp64 and never rounds up into the next row
+            u = torch.from_numpy(rng.integers(0, 2**32, len(x), np.uint32) * 2.0**-32).to(device)
+            key, order = (z[t].long() * R + row_of[x] + u).sort()  # sorted, neighbours share cache lines
+            x[order] = torch.searchsorted(sums.view(-1), key, right=True) - key.long() * V
+            out.append(x.cpu().numpy().astype(np.uint16))
+        tokens[rows] = np.stack(out, axis=1)
+
+    in_blocks(draw, len(topics), DRAW_ROWS, device, desc)
+    return tokens
+
+
+def in_blocks(work, rows, size, device, desc):
+    """work(slice) for each block of rows; on a CPU in a thread per core: the operations are too small to be split."""
+    threads, cpu = torch.get_num_threads(), device.type == 'cpu'
+    blocks = [slice(i, i + size) for i in range(0, rows, size)]
+    torch.set_num_threads(1 if cpu else threads)
+    try:
+        with ThreadPoolExecutor(threads if cpu else 1) as pool:
+            list(tqdm(pool.map(work, blocks), desc, len(blocks), disable=None))
+    finally:
+        torch.set_num_threads(threads)
 
 
 # -----------------------------------------------------------------------------
@@ -220,7 +243,7 @@ def compositions(total, parts):
 
 
 def likelihood(tokens, tables):
-    """P_z(x_{t-1}, x_t), fp64 [S-1, B, T], of tokens int64 [B, S] under tables (fp32 [T, R, V], row_of [V]), tensors."""
+    """P_z(x_{t-1}, x_t), fp64 [S-1, B, T], for tokens int64 [B, S] and tables (fp32 [T, R, V], row_of int64 [V])."""
     P, row_of = tables
     return P[:, row_of[tokens[:, :-1]], tokens[:, 1:]].permute(2, 1, 0).double().contiguous()
 
@@ -266,7 +289,7 @@ def topic_given_token(tables):
     for _ in range(1000):
         rows = P.new_zeros(T, R).index_add_(1, row_of, frequency)
         last, frequency = frequency, torch.bmm(rows[:, None], P)[:, 0]  # [T, 1, R] @ [T, R, V]
-        if (frequency - last).abs().max() < 1e-9:
+        if (frequency - last).abs().max() < 1e-5 / V:
             break
     return (frequency / frequency.sum(0).clamp(min=1e-30)).T.double()
 
@@ -275,8 +298,8 @@ def topic_given_token(tables):
 
 def observe(cfg, tokens, topics, tables, hazard):
     """
-    The filter's posterior for rows uint16 [rows, S], float16 [rows, S, T], and the reference losses, means in nats over
-    the predicted tokens of the first eval_rows rows: {'uniform', 'bigram', 'filter', 'oracle'}.
+    The filter's posterior for tokens uint16 and topics uint8 [rows, S], float16 [rows, S, T], and the reference
+    losses {'uniform', 'bigram', 'filter', 'oracle'}: mean nats over the predicted tokens of the first eval_rows rows.
     """
     device, prior = tables[0].device, topic_given_token(tables)
     posterior, losses = np.empty((*tokens.shape, cfg.n_topics), np.float16), np.zeros((len(tokens), 3))
@@ -290,56 +313,51 @@ def observe(cfg, tokens, topics, tables, hazard):
         blind, oracle = (lik * prior[x[:, :-1].T]).sum(2), lik.gather(2, z.T[1:, :, None]).squeeze(2)
         losses[rows] = -torch.stack([blind.log().mean(0), logp.mean(1), oracle.log().mean(0)], 1).cpu().numpy()
 
-    # on a CPU many small steps: a thread of one core for each block of rows, small enough for the cache
-    size, threads = (256, torch.get_num_threads()) if device.type == 'cpu' else (4096, 1)
-    blocks = [slice(i, i + size) for i in range(0, len(tokens), size)]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            list(tqdm(pool.map(observe_rows, blocks), 'filter', len(blocks), disable=None))
-    finally:
-        torch.set_num_threads(before)
+    size = 256 if device.type == 'cpu' else 4096  # rows whose state fits a cache
+    in_blocks(observe_rows, len(tokens), size, device, 'filter')
     losses = losses[:cfg.eval_rows].mean(0).tolist()
     return posterior, dict(zip(('uniform', 'bigram', 'filter', 'oracle'), (math.log(cfg.vocab_size), *losses)))
+
+
+def parameters(cfg):
+    """What a dataset is built from, as meta.json keeps it: another value is another dataset."""
+    keys = ('chain', 'n_topics', 'vocab_size', 'block_size', 'seed', 'train_rows', 'val_rows', 'min_segments',
+            'max_segments', 'min_segment_len', 'repeats', 'eval_rows')
+    keys += ('concentration',) if cfg.chain == 'range' else ('beta', 'n_groups')
+    return {'kind': 'synthetic', **{key: getattr(cfg, key) for key in keys}}
 
 
 def main(cfg):
     """Writes data_dir/seed<seed> unless it is there with the same parameters; returns the folder."""
     check(cfg)
-    folder = os.path.join(cfg.data_dir, f'seed{cfg.seed}')
-    keys = ('chain', 'n_topics', 'vocab_size', 'block_size', 'seed', 'train_rows', 'val_rows', 'min_segments',
-            'max_segments', 'min_segment_len', 'repeats', 'eval_rows')
-    keys += ('concentration',) if cfg.chain == 'range' else ('beta', 'n_groups')
-    meta = {'kind': 'synthetic', **{key: getattr(cfg, key) for key in keys}}
+    folder, meta = os.path.join(cfg.data_dir, f'seed{cfg.seed}'), parameters(cfg)
     if shards.is_there(folder, meta):
         shards.read(folder)  # stops if a file has been damaged
         print(f'{folder} is there, with these parameters')
         return folder
     start, device = time.time(), torch.device(cfg.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
-    chains, train_stream, val_stream = np.random.SeedSequence(cfg.seed).spawn(3)
-    tables, row_of = make_tables(cfg, chains)
-    sums, row_of = torch.from_numpy(cumulate(tables)).to(device), torch.from_numpy(row_of).to(device)
-    arrays = {}
-    for name, stream, rows, segments in (('train', train_stream, cfg.train_rows, (cfg.min_segments, cfg.max_segments)),
-                                         ('val', val_stream, cfg.val_rows, VAL_SEGMENTS)):
+    chains, *streams = np.random.SeedSequence(cfg.seed).spawn(3)
+    tables, sums, row_of = make_tables(cfg, chains)
+    tables, sums, row_of = (torch.from_numpy(a).to(device) for a in (tables, sums, row_of))
+    arrays, first = {}, N_SPECIAL if cfg.chain == 'range' else 0
+    for name, stream, rows, segments in (('train', streams[0], cfg.train_rows, (cfg.min_segments, cfg.max_segments)),
+                                         ('val', streams[1], cfg.val_rows, VAL_SEGMENTS)):
         rng = np.random.default_rng(stream)
         lengths = draw_segments(rng, cfg.chain, rows, cfg.block_size + 1, *segments, cfg.min_segment_len)
         topics = draw_topics(rng, lengths, cfg.n_topics, cfg.repeats)
-        first = N_SPECIAL if cfg.chain == 'range' else 0
-        arrays |= {name: draw_tokens(rng, sums, row_of, first, topics, name), f'{name}_topics': topics}
+        arrays[name] = draw_tokens(stream, sums, row_of, first, topics, name)
+        arrays[f'{name}_topics'] = topics
     del sums  # 0.7 GB in Run 1
-
     hazard = hazard_table(cfg.chain, cfg.block_size + 1, *VAL_SEGMENTS, cfg.min_segment_len)
-    tables, hazard = torch.from_numpy(tables).to(device), torch.from_numpy(hazard).to(device)
-    arrays['val_posterior'], references = observe(cfg, arrays['val'], arrays['val_topics'], (tables, row_of), hazard)
+    arrays['val_posterior'], references = observe(cfg, arrays['val'], topics, (tables, row_of),
+                                                  torch.from_numpy(hazard).to(device))
     meta |= {'references': references, 'reference_rows': min(cfg.eval_rows, cfg.val_rows)}
     shards.write(folder, arrays, meta)
 
     size = sum(a.nbytes for a in arrays.values()) / 1e6
-    print(f'{folder}: {cfg.train_rows:,} training and {cfg.val_rows:,} validation rows of {cfg.block_size + 1} tokens, '
-          f'{size:,.0f} MB, {time.time() - start:.0f} s on {device.type}')
+    print(f'{folder}: {cfg.train_rows:,} training and {cfg.val_rows:,} validation rows of {cfg.block_size + 1} '
+          f'tokens, {size:,.0f} MB, {time.time() - start:.0f} s on {device.type}')
     for key, loss in references.items():
         print(f'  {key:8}{loss:.4f} nats per token')
     return folder

@@ -1,28 +1,24 @@
 """
 Figures of an experiment, from its JSON files alone: no model is loaded and nothing is computed again.
 
-    python plot.py out/structured                  # every figure of one experiment -> out/structured/figures/
-    python plot.py out/structured out/wiki         # two experiments side by side -> out/structured/figures/
+    python plot.py out/structured             # every figure -> out/structured/figures/; or results/structured
+    python plot.py out/structured out/wiki    # the two side by side, in one figure
 
-A published copy, results/<experiment>, is read in the same way. What is missing is left out: a run without
-analysis.json, a reference loss that is null, an arm that never ran.
+What is missing is left out: a run without analysis.json, a reference loss that is null, an arm that never ran.
 """
 import base64, glob, json, os, re, textwrap, zlib
 
 import numpy as np
-import matplotlib
-matplotlib.use('Agg')  # write files; needs no display
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap, PowerNorm
-
 from configurator import configure
+plt.switch_backend('Agg')  # write files; needs no display
 
 # -----------------------------------------------------------------------------
 dpi = 160                                   # dots per inch of every PNG
 fig_width = 8.5                             # inches; with dpi 160 sharp at README width
 map_orders = ('shuffled', 'topic_ordered')  # orders whose attention maps and spectra are drawn
-map_gamma = 0.4                             # attention maps: colour = attention ** gamma, so weak attention shows
-probe_layer: int = None                     # layers passed at the probe of distance.png; none: n_layer // 2
+map_gamma = 0.4                             # attention maps: colour = attention ** gamma, to show the weak
 # -----------------------------------------------------------------------------
 
 STAGES = {'rope': ('RoPE', '-'), 'kept': ('kept', '--'), 'drope': ('DroPE', ':'), 'nope': ('NoPE', '-.')}
@@ -32,7 +28,19 @@ TOPICS = ['#77AADD', '#EE8866', '#EEDD88', '#44BB99', '#FFAABB', '#BBCC33', '#99
 MEASURES = {'score_p': ('score P', 'log ratio'), 'score_o': ('score O', 'log ratio'),
             'probe': ('topic probe', 'accuracy'), 'val_loss': ('validation loss', 'nats per token'),
             'within': ('within-topic attention', 'share'), 'entropy': ('attention entropy', 'nats')}
-GREY = '#666666'
+GREY, BAR = '#666666', dict(aspect=30, fraction=.03, pad=.015)  # BAR: a slim colour bar
+CAPTIONS = {
+    'loss': ('Loss', 'Bold: validation. Faint: training, first seed. Dashed: RoPE kept, dotted: dropped.'),
+    'order': ('Order of the training rows', 'Share of each dominant topic (a colour) in the rows, first seed.'),
+    'scores_p': ('Score P of every head', '0: position alone decides. Above: same topic or segment attracts.'),
+    'maps': ('The most and the least topical head', 'One validation row, first seed. Strips: topics of queries '
+             '(left) and keys (below). L2H1: layer 2, head 1, from 0; P on the rows that chose it.'),
+    'probe': ('Topic in the residual stream', 'Linear probe. Token: from the token alone, ceiling: Bayes.'),
+    'distance': ('How soon the topic is known', 'Linear probe after half of the layers. Ceiling: Bayes.'),
+    'spectra': ('Singular values over the largest', 'Mean over heads. Solid: RoPE, dotted: DroPE.'),
+    'effects': ('Paired effects of the order', 'Bars: 95% interval, p: sign flips, unadjusted. Shaded: main.'),
+    'compare': ('Side by side', 'Upper half: arms, small: seeds. Lower half: paired differences, 95% '
+                'intervals. Squares: GQA. Loss gap: to the filter, else the first arm. Probe: half the layers.')}
 
 # -----------------------------------------------------------------------------
 # reading
@@ -41,15 +49,15 @@ def read(path):
     """A JSON file, or the rows of a .jsonl file; None where there is no file."""
     if not os.path.exists(path):
         return None
-    rows, many = [], path.endswith('.jsonl')
-    lines = open(path).read().splitlines() if many else [open(path).read()]
+    rows, text = [], open(path).read()
+    lines = text.splitlines() if path.endswith('.jsonl') else [text]
     for i, line in enumerate(lines):
         try:
             rows.append(json.loads(line))
         except ValueError as e:
             if i == 0 or i < len(lines) - 1:  # only a last row may be cut short, by a kill
                 raise SystemExit(f'{path}: not valid JSON ({e}); delete it and run its stage again') from None
-    return rows if many else rows[0]
+    return rows if path.endswith('.jsonl') else rows[0]
 
 def load(folder):
     """A folder -> {name, folder, refs, colour, effects, runs: [{attn, order, stage, seed, log, ana}]}."""
@@ -63,14 +71,16 @@ def load(folder):
             log = [rows[s] for s in sorted(rows)]  # a resumed run may log a step twice
             runs.append(dict(attn=m[1], order=m[2], stage=m[3], seed=int(m[4]), log=log,
                              ana=read(f'{path}/analysis.json')))
-    runs.sort(key=lambda r: r['seed'])
+    runs.sort(key=lambda r: (r['seed'], r['attn'] != 'mha', [*ORDERS, r['order']].index(r['order']), r['order'],
+                             [*STAGES].index(r['stage'])))
     summary = read(f'{folder}/summary.json') or {}
     refs = summary.get('references') or next((r['ana']['references'] for r in runs if r['ana']), None) or {}
-    spare = [o for o in present(runs, 'order') if o not in ORDERS]
+    n = len({r['seed'] for r in runs})
     return dict(name=os.path.basename(os.path.abspath(folder)), folder=folder,
+                seeds=f'Mean of n={n} seeds.' if n > 1 else 'One seed (n=1: no interval).',
                 effects=[e for e in summary.get('effects', []) if e['mean'] is not None],
                 refs={k: v for k, v in refs.items() if v is not None}, runs=runs,
-                colour={**ORDERS, **{o: SPARE[i % len(SPARE)] for i, o in enumerate(spare)}})
+                colour=dict(zip([o for o in present(runs, 'order') if o not in ORDERS], SPARE * 9), **ORDERS))
 
 def pick(runs, **kw):
     return [r for r in runs if all(r[k] == v for k, v in kw.items())]
@@ -89,32 +99,28 @@ def mean(values):
 
 def plain(text):
     """Names as figures write them: 'mha topic_ordered - shuffled, drope' -> 'MHA topic − shuffled, DroPE'."""
-    text = re.sub(r'_c(\d+)', r' ×\1', text.replace('topic_ordered', 'topic'))
-    text = text.replace('_', ' ').replace(' - ', ' − ')
+    text = re.sub(r'_c(\d+)', r' ×\1', text).replace('_ordered', '').replace('_', ' ').replace(' - ', ' − ')
     names = {'mha': 'MHA', 'gqa': 'GQA', **{k: v[0] for k, v in STAGES.items()}}
     return re.sub(r'\w+', lambda m: names.get(m[0], m[0]), text)
 
-def seeds_of(runs):
-    n = len({r['seed'] for r in runs})
-    return 'one seed' if n == 1 else f'mean over {n} seeds'
-
-def canvas(cfg, title, sub, rows, cols, height, **kw):
+def canvas(cfg, exp, name, rows, cols, height, **kw):
     """A figure of rows x cols panels, `height` inches a row, with a headline and a line on how to read it."""
-    plt.rcParams.update({'font.size': 9, 'axes.titlesize': 9.5, 'axes.titlelocation': 'left', 'axes.linewidth': .7,
-                         'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#999999',
-                         'xtick.color': '#999999', 'xtick.labelcolor': '#333333', 'xtick.major.width': .7,
-                         'ytick.color': '#999999', 'ytick.labelcolor': '#333333', 'ytick.major.width': .7})
-    sub = textwrap.wrap(sub, int(15.2 * cfg.fig_width))
+    plt.rcParams.update({'font.size': 9, 'axes.titlesize': 9.5, 'axes.titlelocation': 'left',
+        'axes.linewidth': .7, 'axes.edgecolor': '#999999', 'axes.spines.top': False, 'axes.spines.right': False,
+        **{f'{x}tick.{k}': v for x in 'xy' for k, v in {'color': '#999999', 'labelcolor': '#333333'}.items()}})
+    title, sub = CAPTIONS[name]
+    sub = textwrap.wrap(sub + (name not in ('order', 'maps')) * f' {exp["seeds"]}', int(15.2 * cfg.fig_width))
     top = .40 + .16 * len(sub)
     tall = rows * height + top
-    fig, axes = plt.subplots(rows, cols, figsize=(cfg.fig_width, tall), squeeze=False, layout='constrained', **kw)
+    fig = plt.figure(figsize=(cfg.fig_width, tall), layout='constrained')
+    axes = fig.subplots(rows, cols, squeeze=False, **kw)
     fig.get_layout_engine().set(rect=(0, 0, 1, 1 - top / tall), w_pad=.06, h_pad=.06)
-    fig.text(.008, 1 - .07 / tall, title, va='top', fontsize=12, fontweight='bold')
+    fig.text(.008, 1 - .07 / tall, f'{title}: {exp["name"]}', va='top', fontsize=12, weight='bold')
     fig.text(.008, 1 - .31 / tall, '\n'.join(sub), va='top', color=GREY, linespacing=1.2)
     return fig, axes
 
 def save(fig, cfg, exp, name):
-    path = os.path.join(exp['folder'], 'figures', name)
+    path = os.path.join(exp['folder'], 'figures', f'{name}.png')
     os.makedirs(os.path.dirname(path), exist_ok=True)
     fig.savefig(path, dpi=cfg.dpi, facecolor='white', metadata={'Software': None})
     plt.close(fig)
@@ -135,12 +141,8 @@ def end_labels(ax, labels):
         ax.text(1.05, y1, text, color=c, va='center', transform=ax.transAxes)
 
 def side_name(ax, text, c):
-    ax.annotate(text, (0, .5), (-36, 0), xycoords='axes fraction', textcoords='offset points', rotation=90,
-                ha='center', va='center', color=c, weight='bold')
-
-def side_bar(fig, axes, image, label, **kw):
-    bar = fig.colorbar(image, ax=axes, label=label, aspect=30, fraction=.03, pad=.015, **kw)
-    bar.outline.set_visible(False)
+    ax.annotate(text, (0, .5), (-36, 0), 'axes fraction', 'offset points', rotation=90, ha='center', va='center',
+                color=c, weight='bold')
 
 def fill(axes, keys, have):
     """[(panel, key)] of the keys that there is data for; the other panels are hidden."""
@@ -163,12 +165,9 @@ def plot_loss(cfg, exp, runs):
     phases = {'training': ('rope', 'nope'), 'recalibration': ('kept', 'drope')}
     have = {(r['attn'], p) for r in runs for p in phases if r['stage'] in phases[p]}
     attns, shown = present(runs, 'attn'), [p for p in phases if any(p in pair for pair in have)]
-    fig, axes = canvas(cfg, f'Loss: {exp["name"]}', f'Bold: validation, {seeds_of(runs)}. Faint: training batches, '
-                       'first seed. Grey: reference losses. Recalibration: RoPE kept (dashed) or dropped (dotted).',
-                       len(attns), len(shown), 2.7)
+    fig, axes = canvas(cfg, exp, 'loss', len(attns), len(shown), 2.7)
     for ax, (attn, phase) in fill(axes, [(a, p) for a in attns for p in shown], have):
-        refs, ends = exp['refs'], []
-        seen = [refs['filter']] if 'filter' in refs else []
+        refs, ends, seen = exp['refs'], [], [y for k, y in exp['refs'].items() if k == 'filter']
         for order, stage in ((o, s) for o in present(runs, 'order') for s in phases[phase]):
             group, c = pick(runs, attn=attn, order=order, stage=stage), exp['colour'][order]
             x, y = curve(group, 'val_loss')
@@ -180,19 +179,16 @@ def plot_loss(cfg, exp, runs):
         pad = .07 * (max(seen) - min(seen)) + 1e-3
         lo, hi = min(seen) - pad, max(seen) + pad
         for k, y in refs.items():  # a reference off the panel is named at its edge
-            name = ('↑ ' if y > hi else '↓ ' if y < lo else '') + ('Bayes filter' if k == 'filter' else k)
-            ends.append((y, f'{name} {y:.3f}', GREY))
+            ends.append((y, f'{"↑ " if y > hi else "↓ " if y < lo else ""}{k} {y:.3f}', GREY))
             ax.axhline(y, color=GREY, lw=.8, zorder=0)
         ax.set(ylim=(lo, hi), title=plain(f'{attn}, {phase}'), xlabel='steps', ylabel='loss (nats per token)')
-        ax.margins(x=.01)
         ax.locator_params(axis='x', nbins=5)
         end_labels(ax, ends)
-    return save(fig, cfg, exp, 'loss.png')
+    return save(fig, cfg, exp, 'loss')
 
 def plot_order(cfg, exp, runs):
     orders = present(runs, 'order')
-    fig, axes = canvas(cfg, f'Order of the training rows: {exp["name"]}', 'Share of each dominant topic (a colour) '
-                       'in the rows of the training steps, first seed.', len(orders), 1, .95, sharex=True)
+    fig, axes = canvas(cfg, exp, 'order', len(orders), 1, .95, sharex=True)
     for ax, order in zip(axes.flat, orders):
         log = [row for row in pick(runs, order=order)[0]['log'] if sum(row.get('topics') or [])]
         x, share = [row['step'] for row in log], np.array([row['topics'] for row in log], float).T
@@ -200,7 +196,7 @@ def plot_order(cfg, exp, runs):
         ax.set(xlim=(x[0], x[-1]), ylim=(0, 1), yticks=[0, 1], yticklabels=['0', '100%'])
         ax.set_title(plain(order), color=exp['colour'][order], weight='bold')
     ax.set_xlabel('training steps')
-    return save(fig, cfg, exp, 'order.png')
+    return save(fig, cfg, exp, 'order')
 
 def plot_scores_p(cfg, exp, runs):
     grids = {}
@@ -210,27 +206,22 @@ def plot_scores_p(cfg, exp, runs):
     arms = [(a, o) for a in present(runs, 'attn') for o in present(pick(runs, attn=a), 'order')]
     L, H = next(iter(grids.values())).shape
     v = np.nanpercentile(np.abs([*grids.values()]), 99) or 1  # one extreme head should not pale the others
-    fig, axes = canvas(cfg, f'Position-matched score P of every head: {exp["name"]}', '0: attention depends on '
-                       'position only. Above 0: at the same positions, more attention to keys of the same topic or '
-                       f'segment. {seeds_of(runs).capitalize()}.', len(arms), len(stages),
-                       np.clip(.47 + .24 * L, 1.3, 2.4), sharex=True, sharey=True)
+    fig, axes = canvas(cfg, exp, 'scores_p', len(arms), len(stages), np.clip(.47 + .24 * L, 1.3, 2.4))
     for ax, (a, o, s) in fill(axes, [(*arm, s) for arm in arms for s in stages], grids):
         g = grids[a, o, s]
         image = ax.imshow(g, cmap='PuOr_r', vmin=-v, vmax=v, aspect='auto')
         for l, h in np.ndindex(L, H) if L * H <= 32 else ():  # where numbers have room
-            ax.text(h, l, '–' if np.isnan(g[l, h]) else f'{g[l, h]:.2f}', ha='center', va='center',
+            ax.text(h, l, '–' if np.isnan(g[l, h]) else f'{g[l, h]:.{2 + (v < .1)}f}', ha='center', va='center',
                     color='white' if abs(g[l, h]) > .6 * v else '#333333')
-        ax.set(title=f'{STAGES[s][0]}, mean {mean(g.ravel()):.3f}', facecolor='#dddddd',
-               xticks=range(0, H, 1 + H // 13), yticks=range(0, L, 1 + L // 13))
+        ax.set(title=f'{STAGES[s][0]}, mean {mean(g.ravel()):.3f}', facecolor='#dddddd', xlabel='head',
+               ylabel='layer', xticks=range(0, H, 1 + H // 13), yticks=range(0, L, 1 + L // 13))
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         if s == stages[0]:
             side_name(ax, plain(f'{a} {o}'), exp['colour'][o])
-            ax.set_ylabel('layer')
-    for ax in axes[-1]:
-        ax.set_xlabel('head')
-    side_bar(fig, axes, image, 'P (log ratio)', extend='both')
-    return save(fig, cfg, exp, 'scores_p.png')
+        ax.label_outer()
+    fig.colorbar(image, ax=axes, label='P (log ratio)', extend='both', **BAR)
+    return save(fig, cfg, exp, 'scores_p')
 
 def plot_maps(cfg, exp, runs):
     runs, panels = pick(runs, attn=present(runs, 'attn')[0]), {}
@@ -239,10 +230,7 @@ def plot_maps(cfg, exp, runs):
         A = np.frombuffer(zlib.decompress(base64.b64decode(m['uint8'])), np.uint8).reshape(m['shape'])
         panels.setdefault((r['order'], m['which'], r['stage']), (m, A / 255 * m['max']))  # the first seed's
     columns = sorted({k[1:] for k in panels}, key=lambda c: (c[0] != 'most topical', [*STAGES].index(c[1])))
-    fig, axes = canvas(cfg, f'The most and the least topical head: {exp["name"]}, {plain(runs[0]["attn"])}',
-                       'Attention in one validation row. Strips: topics of queries (left) and keys (below); lines: '
-                       'boundaries. L2H1: layer 2, head 1, from 0; P on the rows that chose it.',
-                       len(orders), len(columns), 9.6 / max(3, len(columns)))
+    fig, axes = canvas(cfg, exp, 'maps', len(orders), len(columns), 9.6 / max(3, len(columns)))
     norm = PowerNorm(cfg.map_gamma, 0, max(np.percentile(A[A > 0], 99) for _, A in panels.values()))
     for ax, (o, w, s) in fill(axes, [(o, *c) for o in orders for c in columns], panels):
         m, A = panels[o, w, s]
@@ -254,62 +242,50 @@ def plot_maps(cfg, exp, runs):
             inset = ax.inset_axes(box)
             inset.imshow(strip, cmap=ListedColormap(TOPICS), vmin=0, vmax=len(TOPICS) - 1, aspect='auto')
             inset.set_axis_off()
-        ax.set(xlim=(-.5, T - .5), ylim=(T - .5, -.5), xticks=[], yticks=[],
-               title=f'{w}, {STAGES[s][0]}\nL{m["layer"]}H{m["head"]}, P = {m["score_p"]:.2f}')
-        ax.spines[:].set_visible(False)
+        ax.set(xlim=(-.5, T - .5), ylim=(T - .5, -.5),
+               title=f'{w}, {STAGES[s][0]}\nL{m["layer"]}H{m["head"]}, P = {m["score_p"]:.3f}')
+        ax.axis('off')
         if (w, s) == columns[0]:
-            side_name(ax, plain(o), exp['colour'][o])
-    side_bar(fig, axes, image, f'attention (colour: its power {cfg.map_gamma:g})', extend='max')
-    return save(fig, cfg, exp, 'maps.png')
+            side_name(ax, plain(f'{runs[0]["attn"]} {o}'), exp['colour'][o])
+    fig.colorbar(image, ax=axes, label=f'attention (colour: its power {cfg.map_gamma:g})', extend='max', **BAR)
+    return save(fig, cfg, exp, 'maps')
 
-def probe_panels(cfg, exp, runs, name, title, sub, xlabel, ticks, value, refs):
-    """Panels: attention x stage, a line per order. value, refs: probe -> a value at each tick, or one for all."""
-    attns, stages = present(runs, 'attn'), present(runs, 'stage')
-    fig, axes = canvas(cfg, f'{title}: {exp["name"]}', f'{sub} Bold: {seeds_of(runs)}.', len(attns), len(stages),
-                       2.5, sharey=True)
+def plot_probe(cfg, exp, runs, name='probe'):
+    attns, stages, first = present(runs, 'attn'), present(runs, 'stage'), runs[0]['ana']['probe']
+    L = len(first['accuracy']) - 1
+    ticks, get, refs = range(L + 1), lambda p: p['accuracy'], ('majority', 'token', 'ceiling')
+    if name == 'distance':
+        ticks, get, refs = first['distance'], lambda p: p['by_distance'][L // 2], ('ceiling_by_distance',)
+    fig, axes = canvas(cfg, exp, name, len(attns), len(stages), 2.5, sharey=True)
     for ax, (attn, stage) in fill(axes, [(a, s) for a in attns for s in stages],
                                   {(r['attn'], r['stage']) for r in runs}):
         group, ends = pick(runs, attn=attn, stage=stage), []
-        lines = [(k, GREY, [ref(r['ana']['probe']) for r in group]) for k, ref in refs.items()]
-        lines += [(o, exp['colour'][o], [value(r['ana']['probe']) for r in pick(group, order=o)])
+        lines = [(k.split('_')[0], GREY, [r['ana']['probe'].get(k) for r in group]) for k in refs]
+        lines += [(o, exp['colour'][o], [get(r['ana']['probe']) for r in pick(group, order=o)])
                   for o in present(group, 'order')]
         for label, c, y in (line for line in lines if line[2][0] is not None):
             y, bold = np.array([np.broadcast_to(np.array(v, float), len(ticks)) for v in y]), c != GREY
-            if bold and len(y) > 1:
-                ax.plot(y.T, color=c, lw=.7, alpha=.3)
+            ax.plot(y.T, color=c, lw=.7 * bold, alpha=.3)
             y = mean(y)
             ax.plot(y, 'o-' if bold else '-', color=c, lw=1.8 if bold else .9, ms=3.5, zorder=2 + bold)
             ends += [(v, plain(label), c) for v in y[np.isfinite(y)][-1:]]
-        ax.set(ylim=(0, 1.02), title=plain(f'{attn}, {stage}'), xlabel=xlabel, ylabel='probe accuracy')
+        ax.set(ylim=(0, 1.02), title=plain(f'{attn}, {stage}'), ylabel='probe accuracy',
+               xlabel='layers passed (0: embedding)' if name == 'probe' else 'tokens since the boundary')
         ax.set_xticks(range(len(ticks)), ticks)
         ax.label_outer()
-        if stage == stages[-1]:
+        if stage == present(pick(runs, attn=attn), 'stage')[-1]:
             end_labels(ax, ends)
     return save(fig, cfg, exp, name)
 
-def plot_probe(cfg, exp, runs):
-    return probe_panels(
-        cfg, exp, runs, 'probe.png', 'Topic read off the residual stream, by depth', 'Linear probe on unseen rows. '
-        'Grey: the commonest topic, token identity alone, the Bayes posterior (ceiling).', 'layers passed (0: '
-        'embedding)', range(len(runs[0]['ana']['probe']['accuracy'])), lambda p: p['accuracy'],
-        {k: lambda p, k=k: p.get(k) for k in ('majority', 'token', 'ceiling')})
-
 def plot_distance(cfg, exp, runs):
-    probe, L = runs[0]['ana']['probe'], len(runs[0]['ana']['probe']['accuracy']) - 1
-    layer = L // 2 if cfg.probe_layer is None else min(cfg.probe_layer, L)
-    return probe_panels(
-        cfg, exp, runs, 'distance.png', 'How soon the topic is known after a boundary', f'Linear probe after {layer} '
-        f'of {L} layers. Grey: the Bayes posterior (ceiling).', 'tokens since the boundary', probe['distance'],
-        lambda p: p['by_distance'][layer], {'ceiling': lambda p: p.get('ceiling_by_distance')})
+    return plot_probe(cfg, exp, runs, name='distance')
 
 def plot_spectra(cfg, exp, runs):
     runs = pick(runs, attn=present(runs, 'attn')[0])
     orders = [o for o in present(runs, 'order') if o in cfg.map_orders] or present(runs, 'order')[:2]
     L = len(runs[0]['ana']['circuits']['ov'])
     shades = ListedColormap([plt.cm.viridis(.92 * l / max(1, L - 1)) for l in range(L)])
-    fig, axes = canvas(cfg, f'Singular spectra of the circuits: {exp["name"]}, {plain(runs[0]["attn"])}', 'Over the '
-                       'largest value, mean over heads and seeds. Solid: with RoPE, dotted: after DroPE.',
-                       len(orders), 2, 2.3, sharey=True)
+    fig, axes = canvas(cfg, exp, 'spectra', len(orders), 2, 2.3, sharey=True)
     for ax, (order, name) in zip(axes.flat, ((o, c) for o in orders for c in ('QK at distance 0', 'OV'))):
         for stage in ('rope', 'drope'):
             s = [r['ana']['circuits'] for r in pick(runs, order=order, stage=stage)]
@@ -317,21 +293,19 @@ def plot_spectra(cfg, exp, runs):
             for l in range(L if len(s) else 0):
                 y = (s[:, l] / s[:, l].max(-1, keepdims=True)).mean((0, 1))
                 ax.plot(range(1, len(y) + 1), y, STAGES[stage][1], lw=1.5, color=shades(l))
-        ax.set(title=f'{plain(order)}: {name}', xlabel='rank', ylabel='singular value', ylim=(0, 1.02))
+        ax.set(title=plain(f'{runs[0]["attn"]} {order}: ') + name, xlabel='rank', ylabel='value', ylim=(0, 1.02))
         ax.label_outer()
-    side_bar(fig, axes, plt.cm.ScalarMappable(plt.Normalize(-.5, L - .5), shades), 'layer', ticks=range(L))
-    return save(fig, cfg, exp, 'spectra.png')
+    image = plt.cm.ScalarMappable(plt.Normalize(-.5, L - .5), shades)
+    fig.colorbar(image, ax=axes, label='layer', ticks=range(L), **BAR)
+    return save(fig, cfg, exp, 'spectra')
 
 def plot_effects(cfg, exp, effects):
     effects = {(e['measure'], *e['contrast'].rsplit(', ', 1)): e for e in effects}
-    rows = [(g, w) for g in dict.fromkeys(k[1] for k in effects)
-            for w in ['', *dict.fromkeys(k[2] for k in effects if k[1] == g)]]  # '': the headline of a group
+    rows = [(g, w) for g in dict.fromkeys(k[1] for k in effects) for w in ('', *STAGES, 'drope - kept')
+            if not w or any(k[1:] == (g, w) for k in effects)]  # '': the headline of a group
     measures = [m for m in MEASURES if any(k[0] == m for k in effects)]
     n, cols = max(e['n'] for e in effects.values()), min(3, len(measures))
-    fig, axes = canvas(cfg, f'Paired effects of the order: {exp["name"]}', 'Difference of two arms that share data '
-                       'and initialisation. ' + (f'Mean and 95% interval, n={n} seeds; p: exact sign flips.' if n > 1
-                       else 'n=1: no interval.') + ' Shaded: the primary comparison.',
-                       -(-len(measures) // cols), cols, .6 + .2 * len(rows), sharey=True)
+    fig, axes = canvas(cfg, exp, 'effects', -(-len(measures) // cols), cols, .6 + .2 * len(rows), sharey=True)
     for ax, m in fill(axes, measures, measures):
         ax.axvline(0, color=GREY, lw=.8)
         for y, (group, what) in ((y, r) for y, r in enumerate(rows) if (m, *r) in effects):
@@ -348,26 +322,23 @@ def plot_effects(cfg, exp, effects):
         ax.tick_params(axis='y', length=0)
         ax.locator_params(axis='x', nbins=4)
         ax.margins(x=.1)
-        for label in (label for label, (_, what) in zip(ax.get_yticklabels(), rows) if not what):
-            label.set_fontweight('bold')
-    return save(fig, cfg, exp, 'effects.png')
+        plt.setp([t for t, (_, what) in zip(ax.get_yticklabels(), rows) if not what], weight='bold')
+    return save(fig, cfg, exp, 'effects')
 
 def plot_compare(cfg, a, b):
-    gets = {'val_loss': lambda ana: ana['val_loss'], 'score_p': lambda ana: ana['mean']['score_p'],
+    gets = {'val_loss': lambda ana: ana['val_loss'], 'score_p': lambda ana: mean([ana['mean']['score_p']]),
             'probe': lambda ana: ana['probe']['accuracy'][(len(ana['probe']['accuracy']) - 1) // 2]}
     bayes, names = all('filter' in e['refs'] for e in (a, b)), {}
     ticks = [*present(a['runs'] + b['runs'], 'stage'), 'drope - kept']
-    fig, axes = canvas(cfg, f'{a["name"]} and {b["name"]}', 'Upper half: arms, mean (large) and seeds (small). Lower '
-                       'half: paired differences, with 95% intervals where n > 1. Squares: GQA. Loss gap: to the '
-                       f'{"Bayes filter" if bayes else "first arm"}. Probe: after half of the layers.',
-                       6, 2, 1.4, sharey='row', sharex=True)
+    title = dict(name=f'{a["name"]} and {b["name"]}', seeds='')
+    fig, axes = canvas(cfg, title, 'compare', 6, 2, 1.4, sharey='row', sharex=True)
     for exp, col in zip((a, b), axes.T):
-        runs, points = [r for r in exp['runs'] if r['ana']], {}  # {(row, attention, arm or contrast, stage): values}
+        runs, points = [r for r in exp['runs'] if r['ana']], {}  # (row, attention, arm or contrast, stage)
         for i, m in enumerate(gets):
             zero = 0 if i else exp['refs']['filter'] if bayes else gets[m](runs[0]['ana'])
             for r in runs:
                 points.setdefault((i, r['attn'], r['order'], r['stage']), []).append(gets[m](r['ana']) - zero)
-            for e in (e for e in exp['effects'] if e['measure'] == m and ', ' in e['contrast']):
+            for e in (e for e in exp['effects'] if e['measure'] == m):
                 arms, stage = e['contrast'].rsplit(', ', 1)
                 points[i + 3, *arms.split(' ', 1), stage] = [e['mean'], e['low'], e['high']]
         for (i, attn, arm, stage), y in ((k, np.array(y, float)) for k, y in points.items() if k[3] in ticks):
@@ -375,37 +346,33 @@ def plot_compare(cfg, a, b):
             x = ticks.index(stage) + .6 * ((peers.index((attn, arm)) + .5) / len(peers) - .5)
             c = exp['colour'].get(arm) or ORDERS['pseudo' if 'pseudo' in arm else 'topic_ordered']
             col[i].plot([x] * len(y), y, '.' if i < 3 else '-', color=c, ms=4, alpha=.5)
-            names[plain(arm)], = col[i].plot(x, mean(y) if i < 3 else y[0], 's' if attn == 'gqa' else 'o', color=c, ms=5,
-                                             mfc=c if i < 3 else 'white')
+            style = dict(marker='s' if attn == 'gqa' else 'o', color=c, ms=5, mfc=c if i < 3 else 'white', ls='')
+            names.setdefault(plain(arm), *col[i].plot(x, mean(y) if i < 3 else y[0], **style))
         col[0].set_title(exp['name'], weight='bold')
     for i, ax in enumerate(axes[:, 0]):
         ax.set_ylabel(('' if i < 3 else 'Δ ') + ('loss gap (nats)', 'score P', 'probe acc.')[i % 3])
     for ax in axes[3:].flat:
         ax.axhline(0, color=GREY, lw=.8, zorder=0)
     ax.set_xticks(range(len(ticks)), map(plain, ticks))
-    fig.align_ylabels(axes)
     fig.legend(names.values(), names, loc='outside lower center', ncols=6, frameon=False, handletextpad=.2)
-    return save(fig, cfg, a, f'compare_{b["name"]}.png')
-
-# -----------------------------------------------------------------------------
+    return save(fig, cfg, a, f'compare_{b["name"]}')
 
 def main(cfg):
-    """Draws and prints the figures; returns their paths."""
     if len(cfg.paths) not in (1, 2):
-        raise SystemExit('plot.py takes one experiment folder, or two to compare: python plot.py out/demo [out/other]')
-    exps = [load(path) for path in cfg.paths]
-    runs, bare = exps[0]['runs'], [e['folder'] for e in exps if not any(r['ana'] for r in e['runs'])]
-    if len(exps) == 2 and bare:
-        raise SystemExit(f'{bare[0]} holds no analysis.json to compare: run analyze.py on its runs first')
-    ana = lambda key, stages=STAGES: [r for r in runs if r['stage'] in stages and r['ana'] and r['ana'].get(key)]
-    figures = [(plot_loss, [r for r in runs if any(row.get('val_loss') is not None for row in r['log'])]),
-               (plot_order, [r for r in pick(runs, stage='rope') if any(sum(w.get('topics') or []) for w in r['log'])]),
-               (plot_scores_p, [r for r in ana('heads') if 'score_p' in r['ana']['heads']]),
-               (plot_maps, ana('maps', ('rope', 'drope'))), (plot_probe, ana('probe')), (plot_distance, ana('probe')),
-               (plot_spectra, ana('circuits', ('rope', 'drope'))), (plot_effects, exps[0]['effects'])]
-    paths = [draw(cfg, exps[0], data) for draw, data in figures if data] if len(exps) == 1 else [plot_compare(cfg, *exps)]
-    if not paths:
-        raise SystemExit(f'{cfg.paths[0]} holds no log.jsonl, analysis.json or summary.json yet: train something first')
+        raise SystemExit('plot.py takes one experiment folder, or two to compare: plot.py out/demo [out/other]')
+    exps, one = [load(path) for path in cfg.paths], len(cfg.paths) == 1
+    for exp in exps:
+        if not any(r['ana'] or (r['log'] and one) for r in exp['runs']):
+            raise SystemExit(f'{exp["folder"]} holds no analysis.json yet: train and analyze a run first')
+    ana = lambda key: [r for r in exp['runs'] if r['ana'] and r['ana'].get(key)]
+    unkept = lambda key: [r for r in ana(key) if r['stage'] in ('rope', 'drope')]
+    has_topics = lambda r: any(sum(row.get('topics') or []) for row in r['log'])
+    figures = {plot_loss: [r for r in exp['runs'] if len(curve([r], 'val_loss')[0])],
+               plot_order: [r for r in exp['runs'] if r['stage'] == 'rope' and has_topics(r)],
+               plot_scores_p: [r for r in ana('heads') if 'score_p' in r['ana']['heads']],
+               plot_maps: unkept('maps'), plot_probe: ana('probe'), plot_distance: ana('probe'),
+               plot_spectra: unkept('circuits'), plot_effects: exp['effects']}
+    paths = [f(cfg, exp, data) for f, data in figures.items() if data] if one else [plot_compare(cfg, *exps)]
     print('\n'.join(paths))
     return paths
 

@@ -40,10 +40,10 @@ def running(pid):
 def write(folder, arrays, meta):
     """
     Write a dataset folder, all or nothing: a temporary sibling is filled, read back, then renamed.
-    arrays: {'train', 'train_topics', 'val', 'val_topics': integers [rows, block_size + 1]} and, optional, 'val_posterior':
-    [rows, block_size + 1, n_topics]; memory maps will do. meta: at least vocab_size, block_size and n_topics; the rows,
-    and sha256 and size in bytes of each file, are added. Stops with one line if the folder exists, cannot be written,
-    or would not be readable.
+    arrays: {'train', 'train_topics', 'val', 'val_topics': integers [rows, block_size + 1]} and, optional,
+    'val_posterior': [rows, block_size + 1, n_topics]; memory maps will do. meta: at least vocab_size, block_size and
+    n_topics; the rows, and sha256 and size in bytes of each file, are added. Stops with one line if the folder exists,
+    cannot be written, or would not be readable.
     """
     folder = os.path.abspath(folder)
     if os.path.lexists(folder):
@@ -100,9 +100,9 @@ def read_meta(folder):
 def read(folder):
     """
     SimpleNamespace(meta, train, train_topics, val, val_topics, val_posterior) of a dataset folder: memory maps
-    [rows, block_size + 1], val_posterior [rows, block_size + 1, n_topics] or None where there is none. Sizes and bounds
-    are checked at every start, sha256 is not: that takes too long. Stops with one line that names the file which is
-    missing, truncated or out of bounds.
+    [rows, block_size + 1], val_posterior [rows, block_size + 1, n_topics] or None where there is none. Sizes and
+    bounds are checked at every start, sha256 is not: that takes too long. Stops with one line that names the file
+    which is missing, truncated or out of bounds.
     """
     meta, data = read_meta(folder), {}
     width, limits = meta['block_size'] + 1, {np.uint16: meta['vocab_size'], np.uint8: meta['n_topics']}
@@ -118,12 +118,12 @@ def read(folder):
         rows = meta.get('rows', {}).get(split, size // row_bytes) if name == split else len(data[split])
         if size != rows * row_bytes or rows < 1:
             whose = 'meta.json' if name == split else f'{split}.bin'
-            raise SystemExit(f'{path}: has {size:,} bytes, not the {max(rows, 1):,} rows of {row_bytes:,} that {whose} has '
-                             '(block_size + 1 tokens): truncated or of another dataset; make it again')
+            raise SystemExit(f'{path}: has {size:,} bytes, not the {max(rows, 1):,} rows of {row_bytes:,} that '
+                             f'{whose} has (block_size + 1 tokens): truncated or of another dataset; make it again')
         data[name] = np.memmap(path, dtype, 'r', shape=(rows, *shape))
         if dtype in limits and (largest := int(data[name].max())) >= limits[dtype]:
             key = 'vocab_size' if dtype == np.uint16 else 'n_topics'
-            raise SystemExit(f'{path}: holds {largest}, but meta.json has {key} = {limits[dtype]}; make one fit the other')
+            raise SystemExit(f'{path}: holds {largest}, but meta.json has {key} = {limits[dtype]}; make them agree')
     return SimpleNamespace(meta=meta, **data)
 
 
@@ -134,7 +134,7 @@ def is_there(folder, parameters):
     """
     if os.path.lexists(folder):
         if not os.path.exists(os.path.join(folder, 'meta.json')):
-            raise SystemExit(f'{folder}: is there but is no dataset (no meta.json); delete it or choose another data_dir')
+            raise SystemExit(f'{folder}: is no dataset (no meta.json); delete it or choose another data_dir')
         meta = read_meta(folder)
         differ = [f'{key} is {meta.get(key)!r} there, {value!r} here' for key, value in parameters.items()
                   if meta.get(key) != value]

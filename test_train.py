@@ -20,9 +20,10 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--head_dim=8', '--mlp_hidde
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
-def run(script, *args):
+def run(script, *args, cwd=None):
     """A script as a person would run it, on one CPU thread."""
-    return subprocess.run([sys.executable, os.path.join(HERE, script), *args], capture_output=True, text=True, env=ENV)
+    script = script if cwd else os.path.join(HERE, script)
+    return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, env=ENV, cwd=cwd)
 
 @pytest.fixture(scope='session')
 def dataset(tmp_path_factory):

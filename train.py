@@ -204,8 +204,8 @@ def machine(cfg):
     device = cfg.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device.startswith('cuda') and not torch.cuda.is_available():
         raise SystemExit(f'--device={device}: torch {torch.__version__} sees no CUDA device here')
-    if device == 'cuda' and 'LOCAL_RANK' in os.environ:
-        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    if device == 'cuda':
+        device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.device(device)
     except RuntimeError:

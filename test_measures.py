@@ -1,0 +1,419 @@
+"""Tests of measures.py, on attention made by hand and on rows of topics like the project's. `pytest test_measures.py`"""
+import math
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+import measures as M
+
+torch.set_num_threads(1)                                         # small tensors: more threads only wait
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows and heads by hand
+
+def make_rows(n, T=128, K=5, seed=0, min_run=16, weights=None, repeats=False, segments=(2, 5)):
+    """Topics [n,T]: 2-5 segments, uniform composition of the rest; neighbours distinct, or drawn anew and so merged."""
+    rng = np.random.default_rng(seed)
+    z = np.empty((n, T), dtype=np.int64)
+    for row in z:
+        m = rng.integers(segments[0], segments[1] + 1)
+        cuts = np.sort(rng.choice(T - m * min_run + m - 1, m - 1, replace=False)) - np.arange(m - 1)
+        lengths = np.diff([0, *cuts, T - m * min_run]) + min_run
+        at, last = 0, -1
+        for length in lengths:
+            p = np.ones(K) if weights is None else np.array(weights, float)
+            if last >= 0 and not repeats:
+                p[last] = 0
+            last = rng.choice(K, p=p / p.sum())
+            row[at:at + length] = last
+            at += length
+    return torch.from_numpy(z)
+
+def normalise(weight):
+    weight = weight.tril()
+    return (weight / weight.sum(-1, keepdim=True)).float()
+
+def position_heads(T):
+    t = torch.arange(T)
+    d = (t[:, None] - t).clamp(min=0).double()
+    first, s = (t == 0).double().expand(T, T), t.double().expand(T, T)
+    heads = dict(
+        uniform=torch.ones(T, T), sink=first, previous=(d == 1) + 0. + (d == 0) * (t[:, None] == 0),
+        self=(d == 0).double(), window8=(d < 8).double(), window32=(d < 32).double(),
+        decay2=torch.exp(-d / 2), decay16=torch.exp(-d / 16), decay64=torch.exp(-d / 64), harmonic=1 / (d + 1),
+        early=torch.exp(-s / 20), fixed=(s == 10) + 1e-3 * (d == 0), decay_sink=torch.exp(-d / 32) + 20 * first,
+        wave=1 + torch.cos(d / 5) * torch.cos(s / 7))
+    return list(heads), torch.stack([normalise(w) for w in heads.values()])                                 # [H,T,T]
+
+def on_rows(pattern, n):
+    return pattern[None].expand(n, *pattern.shape)
+
+def run_heads(z):
+    """Heads that see boundaries but no topics: own segment, leaking out of it, the segment before [B,3,T,T]."""
+    run, _ = M.runs(z)
+    gap = run[:, :, None] - run[:, None, :]
+    own = (gap == 0).double()
+    before = (gap == 1) + own * (run == 0)[:, :, None]
+    return torch.stack([normalise(x) for x in (own, own + 0.2, own + 0.5 ** gap.clamp(min=0), before)], 1)
+
+def topic_heads(z):
+    """All past of the same topic; +0.3 log-odds to same-topic keys on a decay of 64 [B,2,T,T]."""
+    same = (z[:, :, None] == z[:, None, :]).double()
+    t = torch.arange(z.shape[1])
+    decay = torch.exp(-(t[:, None] - t).clamp(min=0) / 64.)
+    return torch.stack([normalise(same), normalise(decay * torch.exp(0.3 * same))], 1)
+
+def sums_of(A, z, K=5, batch=16, **kw):
+    total = None
+    for b in range(0, len(z), batch):
+        total = M.add(total, M.attention_sums(A[b:b + batch], z[b:b + batch], K, **kw))
+    return total
+
+KINDS = [dict(), dict(repeats=True), dict(weights=(4, 2, 1, 1, .5))]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# slow, independent versions
+
+def slow_measures(A, z, K, gap):
+    """Every measure of one head by loops. A [n,T,T], z [n,T] -> dict of floats."""
+    A, z = A.double().numpy(), z.numpy()
+    n, T = z.shape
+    H = lambda p: -sum(x * math.log(x) for x in p if x > 0)
+    ent, ew, ec, mw, mc, within, within_all, us, mass_other = [], [], [], [], [], [], [], [], []
+    content = content_same = content_u = sink = own = 0.
+    per = [[[] for _ in range(n)] for _ in range(K)]                                       # topic, row: list of w-u
+    for b in range(n):
+        for t in range(T):
+            a, same = A[b, t, :t + 1], z[b, :t + 1] == z[b, t]
+            w, o, u = a[same].sum(), a[~same].sum(), same.mean()
+            ent.append(H(a)); mw.append(w); mc.append(o); within_all.append(w)
+            ew.append(H(a[same] / w) if w > 0 else 0.); ec.append(H(a[~same] / o) if o > 0 else 0.)
+            if not same.all():
+                within.append(w); us.append(u); mass_other.append(o); per[z[b, t]][b].append(w - u)
+            sink += a[0]; own += a[t]
+            if t >= 2:
+                content += a[1:t].sum(); content_same += a[1:t][same[1:t]].sum(); content_u += a[1:t].sum() * same[1:t].mean()
+    q = n * T
+    out = dict(entropy=np.mean(ent), entropy_ratio=np.mean(ent) / np.mean([math.log(t + 1) for t in range(T)]),
+               entropy_within=np.dot(ew, mw) / sum(mw), entropy_cross=np.dot(ec, mc) / sum(mc), within=np.mean(within),
+               within_all=np.mean(within_all), within_excess=np.mean(within) - np.mean(us),
+               within_cross_ratio=sum(within) / sum(mass_other), sink=sink / q, self=own / q,
+               within_content=content_same / content, within_content_uniform=content_u / content)
+    # P
+    s1 = s0 = uni = 0.
+    for t in range(T):
+        for s in range(1, t - gap + 1):
+            same = z[:, t] == z[:, s]
+            if same.any() and not same.all():
+                pi = same.sum() * (~same).sum() / n
+                s1 += pi * A[same, t, s].mean(); s0 += pi * A[~same, t, s].mean(); uni += pi / (t + 1)
+    out['score_p'] = math.log((.99 * s1 + .01 * uni) / (.99 * s0 + .01 * uni))
+    # O
+    parts, cells, mean = [], [], A.mean(0)
+    for b in range(n):
+        edge = [0] + [t for t in range(1, T) if z[b, t] != z[b, t - 1]] + [T]
+        parts.append([(edge[i], edge[i + 1], z[b, edge[i]]) for i in range(len(edge) - 1)])
+    for b, runs in enumerate(parts):
+        mates = [r for r in parts if len(r) == len(runs)]
+        for i, (i0, i1, zi) in enumerate(runs):
+            for j, (j0, j1, zj) in enumerate(runs[:max(i - 1, 0)]):
+                p = np.mean([r[i][2] == r[j][2] for r in mates])
+                if 0 < p < 1:
+                    B = E = U = 0.
+                    for t in range(i0, i1):
+                        for s in range(max(j0, 1), j1):
+                            if t - s >= gap:
+                                B += A[b, t, s]; E += mean[t, s]; U += 1 / (t + 1)
+                    cells.append((B, E, U, float(zi == zj), p))
+    B, E, U, qq, p = np.array(cells).T
+    F = E * (B @ E) / (E @ E)
+    R = B - F
+    same, other = max((F + R * qq / p).sum(), 0), max((F + R * (1 - qq) / (1 - p)).sum(), 0)
+    out['score_o'] = math.log((.99 * same + .01 * U.sum()) / (.99 * other + .01 * U.sum()))
+    out['T'] = (R * (qq - p)).sum()
+    # specialisation: topic means as ratios over rows, errors by linearising those ratios
+    means, errors = [], []
+    for rows in per:
+        rows = [r for r in rows if r]
+        if len(rows) > 1:
+            N = sum(map(len, rows)); m = sum(map(sum, rows)) / N
+            means.append(m)
+            errors.append(sum((sum(r) - m * len(r)) ** 2 for r in rows) / N ** 2 * len(rows) / (len(rows) - 1))
+    out['specialisation'] = np.var(means, ddof=1) - np.mean(errors)
+    return out
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_measure_equals_the_slow_version(kind):
+    kind = {'weights': (3, 2, 1)} if 'weights' in kind else kind
+    z = make_rows(24, T=40, K=3, min_run=5, seed=3, **kind)
+    g = torch.Generator().manual_seed(0)
+    same = (z[:, :, None] == z[:, None, :])[:, None]
+    A = normalise(torch.exp(2 * torch.randn(24, 2, 40, 40, generator=g) + same * torch.tensor([0., 1.]).view(2, 1, 1)))
+    sums = sums_of(A, z, 3, batch=7, min_distance=4)
+    fast, (T, sd, draws) = M.head_measures(sums, draws=50), M.o_null(sums, draws=50)
+    for h in range(2):
+        slow = slow_measures(A[:, h], z, 3, 4)
+        assert T[h] == pytest.approx(slow.pop('T'), rel=1e-9)
+        assert set(slow) | {'o_z', 'o_p'} == set(fast)
+        for name, value in slow.items():
+            assert fast[name][h] == pytest.approx(value, rel=1e-8, abs=1e-12), name
+
+# ---------------------------------------------------------------------------------------------------------------------
+# P and O: what they find and what they leave alone
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('n, T, min_run', [(120, 128, 16), (40, 256, 32)])
+def test_position_alone_scores_zero(kind, n, T, min_run):
+    z = make_rows(n, T, min_run=min_run, seed=1, **kind)
+    names, pattern = position_heads(T)
+    out = M.head_measures(sums_of(on_rows(pattern, n), z), draws=100)
+    for name, p, o, oz, op in zip(names, *(out[k] for k in ('score_p', 'score_o', 'o_z', 'o_p'))):
+        assert abs(p) < 1e-9 and abs(o) < 1e-9 and oz == 0 and op == 1, name
+
+@pytest.mark.parametrize('kind', KINDS[:2])
+def test_boundaries_alone_move_p_but_not_o(kind):
+    z = make_rows(400, seed=2, **kind)
+    out = M.head_measures(sums_of(run_heads(z), z))
+    assert (out['score_p'][:3] > 0.2).all() and out['score_p'][3] < -1                  # own, two that leak, previous segment
+    assert (np.abs(out['o_z']) < 3).all() and (np.abs(out['score_o']) < 0.2).all()
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_topical_heads_are_found(kind):
+    z = make_rows(400, T=192, min_run=24, seed=4, **kind)
+    out = M.head_measures(sums_of(topic_heads(z), z))
+    assert (out['o_z'] > 4).all() and (out['o_p'] < 0.005).all()
+    assert out['score_p'][0] > 4 and out['score_o'][0] > 4                              # nothing goes to other topics
+    assert 0.15 < out['score_p'][1] < 0.35 and 0.15 < out['score_o'][1] < 0.35          # +0.3 log-odds
+
+def test_anti_topical_head_is_negative():
+    z = make_rows(300, seed=5)
+    other = normalise(1 - 0.5 * (z[:, :, None] == z[:, None, :]).double())[:, None]
+    out = M.head_measures(sums_of(other, z))
+    assert out['o_z'][0] < -4 and out['score_o'][0] < -0.3 and out['score_p'][0] < -0.3
+
+def test_null_is_calibrated_and_shared():
+    p_values, any_head = [], 0
+    for seed in range(40):                                       # heads that follow tokens, tokens that know no topic
+        z, g = make_rows(60, T=64, K=4, min_run=8, seed=seed), torch.Generator().manual_seed(seed)
+        x = torch.randint(6, (60, 64), generator=g)
+        affinity = 1.5 * torch.randn(4, 6, 6, generator=g)
+        A = normalise(affinity[:, x[:, :, None], x[:, None, :]].transpose(0, 1).exp())
+        T, sd, draws = M.o_null(sums_of(A, z, min_distance=4), draws=199, seed=seed)
+        p = M.null_z_p(T, sd, draws)[1]
+        adjusted = M.max_statistic(T, sd, draws)
+        assert (adjusted >= p - 1e-12).all() and len(set(p)) > 1
+        p_values += list(p)
+        any_head += adjusted.min() <= 0.2
+    assert stats.kstest(p_values, 'uniform').pvalue > 0.02
+    assert 2 <= any_head <= 15                                   # 8 expected of 40
+
+    sums = sums_of(A, z, min_distance=4)                         # same draws for a head wherever it stands
+    one = M.o_null(sums_of(A[:, :1], z, min_distance=4), 199, seed)
+    assert np.allclose(one[2][:, 0], draws[:, 0]) and not np.allclose(M.o_null(sums, 199, seed + 1)[2], draws)
+
+def test_null_draw_by_hand():
+    """Three rows, one pair each: T* takes the values of R . q[perm], and equal values are ties."""
+    z = torch.tensor([[0] * 4 + [1] * 4 + [0] * 4, [0] * 4 + [1] * 4 + [2] * 4, [2] * 4 + [0] * 4 + [1] * 4])
+    g = torch.Generator().manual_seed(0)
+    sums = sums_of(normalise(torch.rand(3, 1, 12, 12, generator=g)), z, 3, min_distance=2)
+    R = M.other_blocks(sums)[0]['R'][:, 0, 0].numpy()
+    T, sd, draws = M.o_null(sums, draws=600)
+    assert T[0] == pytest.approx(R[0] - R.sum() / 3)
+    for value in R - R.sum() / 3:
+        assert 150 < np.isclose(draws[:, 0], value).sum() < 250
+    tail = (np.abs(draws[:, 0]) > abs(T[0]) - 1e-9).mean()
+    assert M.null_z_p(T, sd, draws)[1][0] == pytest.approx((1 + 600 * tail) / 601)
+
+def test_p_and_max_statistic():
+    z, p = M.null_z_p(np.array([3., 9]), np.array([1.5, 0]), np.array([[-3 * (1 - 1e-13), 0], [2.9, 0], [4, 0]]))
+    assert z.tolist() == [2, 0] and p.tolist() == [3 / 4, 1]     # a tie but for rounding counts
+    draws = np.array([[1., -2], [3, 0], [-.5, 1], [0, 4]])
+    p = M.max_statistic(np.array([2.5, 0.]), np.array([1., 1]), draws)
+    assert p.tolist() == [3 / 5, 1.]                             # max |T*|: 2, 3, 1, 4
+    assert M.max_statistic(np.array([2.5, 9.]), np.array([1., 0]), draws).tolist() == [2 / 5, 1.]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the descriptive measures
+
+def test_values_on_simple_heads():
+    z = make_rows(60, seed=6)
+    n, T = z.shape
+    names, pattern = position_heads(T)
+    out = M.head_measures(sums_of(on_rows(pattern, n), z), draws=10)
+    at = {name: {k: v[i] for k, v in out.items()} for i, name in enumerate(names)}
+    uniform, log = M.uniform_measures(z), np.log(np.arange(1, T + 1))
+    for key in ('entropy', 'within', 'within_all'):
+        assert at['uniform'][key] == pytest.approx(uniform[key], abs=1e-6)
+    assert at['uniform']['entropy_ratio'] == pytest.approx(1) and uniform['entropy'] == pytest.approx(log.mean())
+    assert at['uniform']['within_excess'] == pytest.approx(0, abs=1e-7)
+    assert at['uniform']['within_content'] == pytest.approx(at['uniform']['within_content_uniform'], abs=1e-6)
+    assert at['uniform']['specialisation'] == pytest.approx(0, abs=1e-9)
+    first_run = (M.runs(z)[0] == 0).sum().item()
+    assert first_run < (z == z[:, :1]).sum() and uniform['within'] < uniform['within_all'] < 1
+    # the sink sees the first topic, itself all of its own, the previous token all but the boundaries
+    assert at['sink']['sink'] == 1 and at['sink']['within_all'] == pytest.approx((z == z[:, :1]).double().mean())
+    assert at['self']['self'] == 1 and at['self']['sink'] == pytest.approx(1 / T) and at['self']['within'] == 1
+    assert np.isnan(at['sink']['within_content']) and np.isnan(at['self']['within_content'])
+    assert np.isnan(at['self']['within_cross_ratio']) and np.isnan(at['self']['entropy_cross'])
+    faint = torch.stack([normalise((1 - x) * (torch.arange(T) == 0) + x / T) for x in (.01, .04)])    # few keys but s = 0
+    assert np.isnan(M.head_measures(sums_of(on_rows(faint, n), z), draws=1)['within_content']).tolist() == [True, False]
+    changes = (M.runs(z)[1] - 1).sum().item()
+    assert at['previous']['within_all'] == pytest.approx(1 - changes / (n * T)) and at['previous']['entropy'] == 0
+    assert at['window8']['entropy'] == pytest.approx(np.log(np.minimum(np.arange(1, T + 1), 8)).mean(), abs=1e-6)
+
+    topical = M.head_measures(sums_of(topic_heads(z), z), draws=10)
+    assert topical['within'][0] == pytest.approx(1, abs=1e-6)
+    assert topical['entropy_within'][0] == pytest.approx(topical['entropy'][0])
+    assert topical['within_excess'][0] == pytest.approx(1 - uniform['within'], abs=1e-6)
+    assert np.isnan(topical['within_cross_ratio'][0]) and np.isnan(topical['entropy_cross'][0])
+    assert (topical['within_excess'] > 0).all() and topical['within_content'][1] > topical['within_content_uniform'][1]
+
+def test_unmasked():
+    z = make_rows(20, seed=7)
+    n, T = z.shape
+    full = M.unmasked_measures(torch.full((n, 2, T, T), 1 / T), z)
+    chance = M.uniform_measures(z, causal=False)
+    assert full['entropy'].shape == (n, 2) and full['entropy'].mean().item() == pytest.approx(math.log(T), rel=1e-5)
+    assert full['within_all'].mean().item() == pytest.approx(chance['within_all'], rel=1e-5)
+    assert chance['within_all'] == pytest.approx(np.mean([(r[:, None] == r).mean() for r in z.numpy()]))
+    A = on_rows(position_heads(T)[1], n)
+    causal, out = M.unmasked_measures(A, z), M.head_measures(sums_of(A, z), draws=1)
+    for key in causal:
+        assert np.allclose(causal[key].mean(0), out[key], atol=1e-5)
+
+def test_streaming_and_halves():
+    z = torch.cat((make_rows(20, seed=8, segments=(2, 3)), make_rows(25, seed=9, segments=(2, 5))))     # R 3, then 5
+    A = torch.cat((topic_heads(z), run_heads(z)), 1)
+    once, streamed = M.attention_sums(A, z, 5), sums_of(A, z, batch=9)
+    for key in once:
+        assert torch.allclose(once[key].double(), streamed[key].double(), atol=1e-9), key
+    halves = M.add(M.attention_sums(A[:20], z[:20], 5), M.attention_sums(A[20:], z[20:], 5))
+    for key, value in M.head_measures(once, draws=50).items():
+        assert np.allclose(value, M.head_measures(halves, draws=50)[key], equal_nan=True), key
+    first = M.attention_sums(A[:20], z[:20], 5)
+    assert np.allclose(M.score_p(first), M.head_measures(sums_of(A[:20], z[:20]), 5)['score_p'])
+
+def test_inputs_are_left_alone():
+    z = make_rows(5, seed=10)
+    A = topic_heads(z).double()
+    before, part = A.clone(), M.attention_sums(A, z, 5)
+    kept = {k: v.clone() for k, v in part.items()}
+    M.head_measures(M.add(part, part), draws=5)
+    assert torch.equal(A, before) and all(torch.equal(kept[k], part[k]) for k in kept)
+
+def test_no_choice_gives_nan_not_errors():
+    z = torch.zeros(4, 32, dtype=torch.long)
+    out = M.head_measures(sums_of(on_rows(position_heads(32)[1], 4), z), draws=10)
+    for key in ('within', 'within_cross_ratio', 'score_p', 'score_o', 'specialisation', 'entropy_cross'):
+        assert np.isnan(out[key]).all(), key
+    assert (out['o_p'] == 1).all() and (out['o_z'] == 0).all() and (out['within_all'] > 1 - 1e-6).all()
+
+def test_specialisation_has_rows_as_its_unit():
+    """A head whose taste for a topic changes from row to row is no specialist; one for topic 2 is."""
+    spec, raw = [], []
+    for seed in range(40):
+        z = make_rows(30, T=64, K=4, min_run=8, seed=seed)
+        same = (z[:, :, None] == z[:, None, :]).double()
+        taste = 2 * torch.randn(30, 4, generator=torch.Generator().manual_seed(seed)).gather(1, z)[:, :, None]
+        sums = sums_of(torch.stack((normalise(torch.exp(taste * same)),
+                                    normalise(torch.exp(2. * same * (z == 2)[:, :, None]))), 1), z, 4)
+        spec.append(M.specialisation(sums))
+        raw.append((sums['topic_excess'].sum(0) / sums['topic_mixed'].sum(0)).var(1).numpy())
+    spec, raw = np.array(spec), np.array(raw)
+    assert abs(spec[:, 0].mean()) < 0.2 * raw[:, 0].mean()       # what varies by row is noise
+    assert (spec[:, 1] > 0.8 * raw[:, 1]).all()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs and distances
+
+def test_runs_and_distances():
+    z = torch.tensor([[3, 3, 1, 1, 1, 3], [0, 0, 0, 0, 0, 0]])
+    run, count = M.runs(z)
+    assert run.tolist() == [[0, 0, 1, 1, 1, 2], [0] * 6] and count.tolist() == [3, 1]
+    assert [x.tolist() for x in M.run_edges(z)] == [[[0, 2, 5], [0, 6, 6]], [[2, 5, 6], [6, 6, 6]]]
+    assert M.distance_from_boundary(z).tolist() == [[-1, -1, 0, 1, 2, 0], [-1] * 6]
+    assert M.same_keys(z).tolist() == [[1, 2, 1, 2, 3, 3], [1, 2, 3, 4, 5, 6]]
+
+def test_by_distance():
+    distance = np.array([-1, 0, 1, 2, 3, 4, 7, 8, 127, 128, 500, -1])
+    correct = np.array([0, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0, 0])
+    out = M.by_distance(correct, distance)
+    assert out['distance'] == [0, 1, 2, 4, 8, 16, 32, 64, 128]
+    assert out['count'] == [1, 1, 2, 2, 1, 0, 0, 1, 2]
+    assert out['accuracy'] == [1, 0, .5, 1, 0, None, None, 1, .5]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# probes
+
+@pytest.mark.parametrize('n_rows, max_tokens', [(11, 60), (4, 10 ** 6)])
+def test_probe_tokens_share_no_row(n_rows, max_tokens):
+    train, test = M.probe_tokens(n_rows, 16, max_tokens, torch.Generator().manual_seed(0))
+    rows = [set((x // 16).tolist()) for x in (train, test)]
+    assert not rows[0] & rows[1] and rows[0] | rows[1] <= set(range(n_rows))
+    assert [len(x) for x in (train, test)] == [min(max_tokens // 2, 16 * k) for k in (n_rows // 2, n_rows - n_rows // 2)]
+    assert len(set(train.tolist())) == len(train) and len(set(test.tolist())) == len(test)
+    again = M.probe_tokens(n_rows, 16, max_tokens, torch.Generator().manual_seed(0))
+    assert torch.equal(train, again[0]) and torch.equal(test, again[1])
+
+@pytest.mark.filterwarnings('error')
+def test_probe_learns_what_is_there():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 5, 6000)
+    scale = np.logspace(-3, 3, 64)                               # standardising must undo this
+    x = ((rng.normal(size=(5, 64))[y] + 3 * rng.normal(size=(6000, 64))) * scale + 10 * scale).astype(np.float32)
+    def accuracy(y):
+        return (M.probe(x[:3000], y[:3000], x[3000:], seed=0) == y[3000:]).mean()
+    unit = x / scale                                             # nearest class mean: the best possible rule here
+    means = np.stack([unit[:3000][y[:3000] == k].mean(0) for k in range(5)])
+    best = (((unit[3000:, None] - means) ** 2).sum(-1).argmin(1) == y[3000:]).mean()
+    assert accuracy(y) > best - 0.03 and best > 0.8
+    assert abs(accuracy(rng.permutation(y)) - 0.2) < 0.04
+    assert (M.probe(x[:50], np.full(50, 3), x[50:60]) == 3).all()
+
+def test_references():
+    x, y = np.array([0, 0, 0, 1, 1, 2, 3]), np.array([1, 1, 0, 2, 2, 0, 1])
+    assert M.majority(y, np.array([1, 1, 0, 2])) == 0.5
+    # token 0 -> 1, 1 -> 2, 2 -> 0, 3 -> 1, 4 unseen -> 1; a tie falls back on the majority as well
+    assert M.token_identity(x, y, np.array([0, 1, 2, 3, 4]), np.array([1, 2, 0, 1, 1]), 6) == 1
+    assert M.token_identity(np.append(x, 2), np.append(y, 2), np.array([2, 2, 5, 0]), np.array([0, 1, 0, 0]), 6) == 0.25
+    posterior = np.array([[.2, .5, .3], [.6, .3, .1], [.1, .1, .8]], np.float16)
+    assert M.posterior_accuracy(posterior, np.array([1, 0, 0])) == pytest.approx(2 / 3)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# circuits
+
+def rope(x, position, theta):
+    """Half-rotation RoPE on a vector, entry by entry."""
+    d, out = len(x), x.clone()
+    for i in range(d // 2):
+        a = position * theta ** (-2 * i / d)
+        out[i] = x[i] * math.cos(a) - x[i + d // 2] * math.sin(a)
+        out[i + d // 2] = x[i + d // 2] * math.cos(a) + x[i] * math.sin(a)
+    return out
+
+@pytest.mark.parametrize('H, K, d, n', [(4, 4, 8, 32), (6, 2, 8, 40), (4, 2, 16, 12)])
+def test_spectra_equal_dense_svd(H, K, d, n):
+    g = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    W_Q, W_K, W_V, W_O = randn(H * d, n), randn(K * d, n), randn(K * d, n), randn(n, H * d)
+    g1, gq, gk = randn(n).exp(), randn(d).exp(), randn(d).exp()
+    top = min(d, n)
+    for distance in (0, 1, 16):
+        s = M.qk_spectrum(W_Q, W_K, g1, gq, gk, distance, theta=100.)
+        assert s.shape == (H, top)
+        for h in range(H):                                       # q at position 20, k at 20 - distance: q.k as a matrix
+            k0 = h // (H // K) * d
+            q = torch.stack([rope(c, 20, 100.) for c in (gq[:, None] * W_Q[h * d:(h + 1) * d] * g1).T], 1)
+            k = torch.stack([rope(c, 20 - distance, 100.) for c in (gk[:, None] * W_K[k0:k0 + d] * g1).T], 1)
+            assert torch.allclose(s[h], torch.linalg.svdvals(q.T @ k)[:top], rtol=1e-9)
+    s = M.ov_spectrum(W_O, W_V, g1, d)
+    for h in range(H):
+        k0 = h // (H // K) * d
+        dense = W_O[:, h * d:(h + 1) * d] @ W_V[k0:k0 + d] @ torch.diag(g1)
+        assert torch.allclose(s[h], torch.linalg.svdvals(dense)[:top], rtol=1e-9)
+
+def test_effective_rank():
+    s = torch.tensor([[1., 0, 0, 0], [2, 2, 2, 2], [1, 1, 0, 0]])
+    assert torch.allclose(M.effective_rank(s), torch.tensor([1., 4, 2]))
+    p = torch.tensor([.8, .2])
+    assert M.effective_rank(p.sqrt()).item() == pytest.approx(math.exp(-(p * p.log()).sum().item()), rel=1e-6)

@@ -1,0 +1,180 @@
+"""The real scripts, tiny, as a person would type them; and what they say to bad input."""
+import ast
+import glob
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from configurator import SCRIPTS, block, configure
+from test_train import TINY, dataset, run                      # noqa: F401 (dataset is a fixture)
+
+EXPERIMENT = """
+data_dir, out_dir = 'data/tiny', 'out/tiny'
+arms = ('mha_shuffled', 'gqa_topic_ordered')
+chain, beta, n_groups, repeats = 'group', 2.0, 4, False
+n_topics, vocab_size, block_size, min_segment_len = 3, 16, 48, 9
+train_rows, val_rows = 60, 40
+n_layer, n_embd, n_head, head_dim, mlp_hidden = 2, 16, 2, 8, 24
+batch_size, max_iters, eval_interval = 4, 12, 6
+recal_iters = (0.5, 2)
+null_draws, analysis_rows = 20, 24
+"""
+
+@pytest.fixture(scope='module')
+def workspace(tmp_path_factory):
+    """A copy of the scripts, as a checkout, with one experiment run in it."""
+    here = str(tmp_path_factory.mktemp('checkout'))
+    for path in glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), '*.py')):
+        shutil.copy(path, here)
+    open(os.path.join(here, 'tiny.py'), 'w').write(EXPERIMENT)
+    done = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--publish=True', cwd=here)
+    assert done.returncode == 0, done.stderr
+    return here, done.stdout
+
+def load(*path):
+    return json.load(open(os.path.join(*path)), parse_constant=lambda s: pytest.fail(f'{s} in {path}'))
+
+# -----------------------------------------------------------------------------
+# an experiment, end to end
+
+def test_experiment(workspace):
+    here, printed = workspace
+    summary = load(here, 'out/tiny/summary.json')
+    assert len(summary['runs']) == 2 * 2 * (1 + 2 * 2)          # arms x seeds x (rope + {drope, kept} x two lengths)
+    assert {r['condition'] for r in summary['runs']} == {
+        f'{arm}_{kind}' for arm in ('mha_shuffled', 'gqa_topic_ordered') for kind in ('rope', 'drope', 'kept')}
+    reference = summary['references']
+    assert reference['oracle'] < reference['filter'] < reference['bigram'] < reference['uniform']
+    assert all(len(r['probe']) == 3 and 0 < r['within'] < 1 and r['entropy'] > 0 for r in summary['runs'])
+    analysis = load(here, 'out/tiny/gqa_topic_ordered_drope/seed1/analysis.json')
+    assert analysis['causal'] and analysis['recal_steps'] == 6 and len(analysis['heads']['score_p'][1]) == 2
+    for name in ('loss', 'scores_p', 'maps', 'probe', 'distance'):
+        assert os.path.getsize(f'{here}/out/tiny/figures/{name}.png') > 5000
+    report = open(f'{here}/out/tiny/summary.md').read()
+    assert 'mha_shuffled_rope' in report and 'figures/loss.png' in report and 'mha_shuffled_rope' in printed
+
+def test_experiment_goes_on_where_it_stopped(workspace):
+    here, _ = workspace
+    before = load(here, 'out/tiny/summary.json')['runs']
+    os.remove(f'{here}/out/tiny/mha_shuffled_rope/seed0/ckpt.pt')                      # done all the same: its JSON is there
+    shutil.rmtree(f'{here}/out/tiny/gqa_topic_ordered_kept')                           # done all the same: it is published
+    plan = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--dry_run=True', cwd=here)
+    assert plan.returncode == 0 and 'to do' not in plan.stdout.split('\n', 1)[1] and '20 runs' in plan.stdout
+    again = run('run_experiment.py', 'tiny.py', '--seeds=0,1', cwd=here)
+    assert again.returncode == 0 and 'to do: 0 of 4' in again.stdout
+    assert load(here, 'out/tiny/summary.json')['runs'] == before
+    shutil.rmtree(f'{here}/out/tiny/mha_shuffled_drope/seed0')
+    shutil.rmtree(f'{here}/results')
+    again = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--jobs=2', cwd=here)
+    assert again.returncode == 0, again.stderr
+    untimed = lambda runs: [{k: v for k, v in r.items() if k != 'seconds'} for r in runs]
+    assert untimed(load(here, 'out/tiny/summary.json')['runs']) == untimed(before)     # the same seed, the same run
+
+def test_two_experiments_side_by_side(workspace):
+    here, _ = workspace
+    shutil.copytree(f'{here}/out/tiny', f'{here}/out/other')
+    done = run('plot.py', 'out/tiny', 'out/other', cwd=here)
+    assert done.returncode == 0 and os.path.exists(f'{here}/out/tiny/figures/compare_other.png'), done.stderr
+
+def test_unmasked_columns(workspace):
+    here, _ = workspace
+    done = run('analyze.py', '--run=out/tiny/mha_shuffled_rope/seed1', '--causal=False', cwd=here)
+    assert done.returncode == 0 and load(here, 'out/tiny/mha_shuffled_rope/seed1/analysis_unmasked.json')['causal'] is False
+
+# -----------------------------------------------------------------------------
+# config
+
+def test_files_before_flags_and_derived_values(tmp_path):
+    path = tmp_path / 'c.py'
+    path.write_text('_half = 128\nn_embd = 2 * _half\nconcentration = 7\nmax_iters = 5\nrecal_iters = 0.1\n')
+    cfg = configure('train.py', ['--max_iters=9', str(path), '--compile=false', '--n_kv_head=none', '--run=123'])
+    assert (cfg.n_embd, cfg.max_iters, cfg.compile, cfg.n_kv_head, cfg.run) == (256, 9, False, None, '123')
+    cfg = configure('drope.py', [str(path), '--recal_lr_scale=1'])
+    assert cfg.recal_iters == (0.1,) and type(cfg.recal_lr_scale) is float and not hasattr(cfg, 'n_embd')
+
+def test_scripts_share_their_defaults():
+    """A key that two scripts have must mean the same in both: run_experiment.py resolves it once."""
+    seen = {}
+    for script in SCRIPTS:
+        for key, default in block(script).items():
+            assert seen.setdefault(key, default) == default, f'{key} in {script}'
+
+def test_every_config_file_is_valid():
+    here = os.path.dirname(os.path.abspath(__file__))
+    for path in glob.glob(os.path.join(here, 'config', '*.py')):
+        assert configure('run_experiment.py', [path], stages=SCRIPTS).config_file == path
+
+def test_help_prints_the_block():
+    done = run('train.py', '-h')
+    assert done.returncode == 0 and '--max_iters=10000' in done.stdout and 'Muon: every 2D matrix' in done.stdout
+
+# -----------------------------------------------------------------------------
+# bad input: one line that names the culprit, a non-zero exit, nothing lost
+
+def refuses(done, *words):
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+    assert done.returncode != 0 and 'Traceback' not in done.stderr, done.stderr
+    assert len(lines) == 1 and all(w in lines[0] for w in words), done.stderr
+
+@pytest.mark.parametrize('source, words', (
+    ('max_iter = 5', ("'max_iter'", "'max_iters'", 'c.py')),
+    ('max_iters = "many"', ('max_iters', "'many'", 'int')),
+    ('max_iters = 5 +', ('c.py, line 1',)),
+    ('max_iters = nothing', ('c.py', 'nothing'))))
+def test_bad_config_file(tmp_path, source, words):
+    (tmp_path / 'c.py').write_text(source + '\n')
+    refuses(run('train.py', str(tmp_path / 'c.py')), *words)
+
+@pytest.mark.parametrize('args, words', (
+    (['--max_iter=5'], ("'max_iter'", "'max_iters'")),
+    (['--max_iters=many'], ('max_iters', "'many'", 'int')),
+    (['--chain=group'], ("'chain'",)),                                                # a key of another script
+    (['--max_iters'], ('--max_iters=value',)),
+    (['max_iters=5'], ('max_iters=5',)),
+    (['config/nothing.py'], ('config/nothing.py',)),
+    (['--data_dir=nowhere'], ('nowhere', 'data_synth.py')),
+    (['--order=sorted'], ('sorted', 'pseudo')),
+    (['--device=cuda'], ('cuda',)),
+    (['--dtype=half'], ('half', 'bfloat16'))))
+def test_bad_flags(args, words):
+    refuses(run('train.py', *args), *words)
+
+def test_bad_runs(dataset, tmp_path):
+    good, out = [*TINY, f'--data_dir={dataset}', '--max_iters=4'], str(tmp_path / 'out')
+    refuses(run('train.py', *good, '--n_kv_head=3', f'--run={out}'), 'n_head = 2', 'n_kv_head = 3')
+    refuses(run('train.py', *good, '--batch_size=6', '--grad_accum=4', f'--run={out}'), 'batch_size = 6')
+    (tmp_path / 'file').write_text('')
+    refuses(run('train.py', *good, f'--run={tmp_path}/file/run'), 'file/run', 'cannot write')
+    refuses(run('drope.py'), '--run=')
+    refuses(run('drope.py', f'--run={tmp_path}/none'), 'none', 'no run here')
+    refuses(run('analyze.py', f'--run={tmp_path}/none'), 'none', 'no run here')
+    refuses(run('plot.py', f'{tmp_path}/none'), 'none')
+    assert run('train.py', *good, f'--run={out}').returncode == 0
+    before = open(f'{out}/ckpt.pt', 'rb').read()
+    refuses(run('train.py', *good, '--muon_lr=0.01', f'--run={out}'), out, 'muon_lr = 0.02', '0.01')   # another run's folder
+    assert open(f'{out}/ckpt.pt', 'rb').read() == before
+    for content, word in ((before[:len(before) // 2], 'not a readable checkpoint'), (b'hello', 'not a readable checkpoint')):
+        open(f'{out}/ckpt.pt', 'wb').write(content)
+        refuses(run('train.py', *good, f'--run={out}'), 'ckpt.pt', word)
+        refuses(run('analyze.py', f'--run={out}'), 'ckpt.pt', word)
+    torch.save({'weights': torch.zeros(3)}, f'{out}/ckpt.pt')
+    refuses(run('drope.py', f'--run={out}'), 'ckpt.pt', 'not one of ours')
+    os.remove(f'{out}/ckpt.pt')
+    refuses(run('analyze.py', f'--run={out}'), 'ckpt.pt', 'no checkpoint')
+
+def test_divergence_and_memory_stop_with_one_line(dataset, tmp_path):
+    good = [*TINY, f'--data_dir={dataset}', '--eval_interval=5']
+    done = run('train.py', *good, '--max_iters=40', '--muon_lr=1e30', f'--run={tmp_path}/a')
+    refuses(done, 'loss is', 'step', '--muon_lr')
+    done = run('train.py', *good, '--max_iters=4', '--mlp_hidden=400000000000', f'--run={tmp_path}/b')
+    refuses(done, 'out of memory', '--grad_accum')
+
+def test_no_file_is_wide():
+    here = os.path.dirname(os.path.abspath(__file__))
+    for path in glob.glob(os.path.join(here, '*.py')):
+        source = open(path).read()
+        ast.parse(source)
+        assert max(map(len, source.splitlines())) <= 130, path
