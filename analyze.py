@@ -13,10 +13,12 @@ import math
 import os
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import measures
@@ -144,8 +146,10 @@ def main(cfg):
     train_at, test_at = (at.numpy() for at in probe_at)
     x, y = tokens.flatten().cpu().numpy(), z.flatten().cpu().numpy()
     distance = measures.distance_from_boundary(z).flatten().cpu().numpy()[test_at]
-    correct = [measures.probe(np.concatenate(a), y[train_at], np.concatenate(b), seed=c['seed']) == y[test_at]
-               for a, b in tqdm(activations, desc='probes', unit='layer', disable=None, leave=False)]
+    # one probe a core: many threads on one small regression mostly wait for each other
+    fit = lambda x: measures.probe(np.concatenate(x[0]), y[train_at], np.concatenate(x[1]), seed=c['seed']) == y[test_at]
+    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        correct = list(tqdm(pool.map(fit, activations), 'probes', L + 1, unit='layer', disable=None, leave=False))
     by_distance = [measures.by_distance(k, distance) for k in correct]
     probe = {'accuracy': [k.mean() for k in correct], 'train_tokens': len(train_at), 'test_tokens': len(test_at),
              'majority': measures.majority(y[train_at], y[test_at]), 'ceiling': None, 'ceiling_by_distance': None,

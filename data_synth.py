@@ -6,6 +6,7 @@ Micro-languages: Markov chains over one vocabulary, a topic label per token, and
 Tables, training rows and validation rows have a random stream each, so val.bin does not depend on how many
 training rows there are or how they are cut. The same seed gives the same tokens on CPU and GPU: numpy draws the
 uniforms and sums the tables, the device only searches them.
+Run 1 (110K rows of 513, filter and references included): 28 s and 1.4 GiB on two CPU cores, 4 s on an H200.
 """
 import math
 import os

@@ -13,7 +13,7 @@ import os
 import shards
 from configurator import configure
 from model import build, load_weights, read_checkpoint, read_config
-from train import data_folder, dominant_topic, fit, machine, memory_errors, open_run, row_order
+from train import data_folder, dominant_topic, fit, machine, memory_errors, row_order
 
 # -----------------------------------------------------------------------------
 # config
@@ -65,7 +65,6 @@ def recalibrate(cfg, length):
         raise SystemExit(f'{cfg.run}: stopped at step {ckpt["step"]} of {parent["max_iters"]}; finish it with train.py first')
     device, dtype, compile = machine(cfg)
     data = shards.read(data_folder(parent['data_dir'], parent['seed']))
-    open_run(folder, c)
     with memory_errors(c):
         model = load_weights(build(c), ckpt, cfg.run).to(device)
         labels = dominant_topic(data.train_topics, c['n_topics'])

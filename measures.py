@@ -4,13 +4,11 @@ A[t,s] is the attention of query t on key s, z[t] the topic of token t, a run a 
 of rows go through attention_sums -> add -> head_measures, in fp64: a head that depends on position alone scores P = 0
 to rounding. Rows are the unit of every error: tokens of a row share a few runs, errors per token are far too small.
 """
-import os
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 EPS = 0.01                                  # uniform attention's share in P and O: a head without far mass scores 0
 BINS = (0, 1, 2, 4, 8, 16, 32, 64, 128)     # distances from a boundary, by the lower edge of their bin
@@ -281,8 +279,7 @@ def probe(x_train, y_train, x_test, seed=0):
         return np.full(len(x_test), y_train[0])
     scale = StandardScaler().fit(x_train)
     model = LogisticRegression(C=1.0, tol=1e-4, max_iter=5000, random_state=seed)
-    with threadpool_limits(min(os.cpu_count(), max(1, x_train.size >> 20))):       # on small x, threads only wait
-        return model.fit(scale.transform(x_train), y_train).predict(scale.transform(x_test))
+    return model.fit(scale.transform(x_train), y_train).predict(scale.transform(x_test))
 
 def majority(y_train, y_test):
     """Accuracy of always naming the most frequent training topic."""

@@ -255,7 +255,8 @@ def test_values_on_simple_heads():
     assert at['self']['self'] == 1 and at['self']['sink'] == pytest.approx(1 / T) and at['self']['within'] == 1
     assert np.isnan(at['sink']['within_content']) and np.isnan(at['self']['within_content'])
     assert np.isnan(at['self']['within_cross_ratio']) and np.isnan(at['self']['entropy_cross'])
-    faint = torch.stack([normalise((1 - x) * (torch.arange(T) == 0) + x / T) for x in (.01, .04)])    # few keys but s = 0
+    few = lambda x: normalise(((1 - x) * (torch.arange(T) == 0) + x / T).expand(T, T))      # little mass but on s = 0
+    faint = torch.stack([few(.01), few(.04)])
     assert np.isnan(M.head_measures(sums_of(on_rows(faint, n), z), draws=1)['within_content']).tolist() == [True, False]
     changes = (M.runs(z)[1] - 1).sum().item()
     assert at['previous']['within_all'] == pytest.approx(1 - changes / (n * T)) and at['previous']['entropy'] == 0

@@ -255,7 +255,7 @@ def evaluate(model, tokens, micro, autocast):
 
 def fit(model, c, rows, data, folder, device, dtype, compile):
     """
-    Train `model` through `rows` and leave log.jsonl and ckpt.pt in `folder`; resumes from ckpt.pt where there is one.
+    Train `model` through `rows`, leaving config.json, log.jsonl and ckpt.pt in `folder`; resumes where there is a ckpt.pt.
 
     c: the run's config as a dict. rows: int64 [max_iters * batch_size], rows of data.train in order (`row_order`).
     data: shards.read(...). Returns the last validation loss in nats, or None if the run was already finished.
@@ -265,6 +265,7 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
     if rest:
         raise SystemExit(f'batch_size = {c["batch_size"]} is not divisible by grad_accum x processes '
                          f'= {c["grad_accum"]} x {world}')
+    open_run(folder, c)
     max_iters = c['max_iters']
     ckpt_path, log_path = os.path.join(folder, 'ckpt.pt'), os.path.join(folder, 'log.jsonl')
     muon, adamw = optimizers(model, c)
@@ -410,7 +411,6 @@ def main(cfg):
     folder = cfg.run or os.path.join(cfg.out_dir, c['condition'], f'seed{c["seed"]}')
     with memory_errors(c):
         model = build(c, torch.Generator().manual_seed(c['seed'])).to(device)
-        open_run(folder, c)
         rows = row_order(dominant_topic(data.train_topics, c['n_topics']), c['max_iters'] * c['batch_size'], c['order'],
                          c['cycles'], round(c['cooldown'] * c['max_iters']) * c['batch_size'], c['seed'])
         val_loss = fit(model, c, rows, data, folder, device, dtype, compile)
