@@ -4,8 +4,8 @@ Measure a trained run: attention, probes and circuits, into analysis.json of its
     python analyze.py --run=out/single/mha_topic_ordered_rope/seed0
 
 Runs the checkpoint in fp32 over the first validation rows, layer by layer, every pattern causal. The measures are
-defined in measures.py. --causal=False is for one comparison only: it takes the mask away, as the log's own analysis did,
-and writes the two columns that this gives (entropy, within share) to analysis_unmasked.json.
+defined in measures.py. --causal=False is for one comparison only: it takes the mask away, as the log's own analysis
+did, and writes the two columns that this gives (entropy, within share) to analysis_unmasked.json.
 """
 import base64
 import json
@@ -36,8 +36,6 @@ probe_tokens = 50_000       # at most, half to train the probes and half, from o
 null_draws = 1000           # label exchanges behind O's z and p
 causal = True               # false: the log's unmasked columns instead
 device = ''                 # as in train.py
-dtype = ''                  # ignored: analysis is fp32
-compile: bool = None        # ignored
 
 # -----------------------------------------------------------------------------
 
@@ -59,13 +57,14 @@ def row_batches(n_rows, n_head, T, device):
     return [slice(a, b) for a, b in zip(cuts, cuts[1:])]
 
 def pattern_map(pattern, topics, which, layer, head, score_p):
-    """An attention pattern [T, T] as a picture in JSON: max-pooled to at most 256 a side, one byte a cell, zlib, base64."""
+    """A pattern [T, T] as a picture in JSON: max-pooled to at most 256 a side, one byte a cell, zlib, base64."""
     pool = -(-len(pattern) // 256)
     small = F.max_pool2d(pattern[None, None], pool, ceil_mode=True)[0, 0]                  # [T/pool, T/pool]
     top = small.max().item()
     cells = (small / top * 255).round().byte().cpu().numpy()
     return {'which': which, 'layer': layer, 'head': head, 'score_p': score_p, 'topics': topics[::pool].tolist(),
-            'shape': list(cells.shape), 'max': top, 'uint8': base64.b64encode(zlib.compress(cells.tobytes(), 9)).decode()}
+            'shape': list(cells.shape), 'max': top,
+            'uint8': base64.b64encode(zlib.compress(cells.tobytes(), 9)).decode()}
 
 def circuits(model, theta):
     """Singular values and effective ranks of QK (at distances 0, 1, 16 where there is RoPE) and OV, [L][H]..."""
@@ -87,7 +86,7 @@ def main(cfg):
     ckpt = read_checkpoint(cfg.run)
     if ckpt['step'] < c['max_iters']:
         raise SystemExit(f'{cfg.run}: stopped at step {ckpt["step"]} of {c["max_iters"]}; finish it first')
-    device, _, _ = machine(cfg)
+    device, _, _ = machine(cfg.device)
     data = shards.read(data_folder(c['data_dir'], c['seed']))
     n_rows, T, L, H = min(cfg.analysis_rows, len(data.val)), c['block_size'], c['n_layer'], c['n_head']
     if n_rows < 4:
@@ -127,9 +126,9 @@ def main(cfg):
                     half[layer - 1] = measures.add(half[layer - 1], part)
 
     # ---- attention
-    p_half = np.stack([measures.score_p(s) for s in sums[0]])                              # [L, H] on the first half alone
+    p_half = np.stack([measures.score_p(s) for s in sums[0]])                              # [L, H], on half the rows
     layers = [measures.add(a, b) for a, b in zip(*sums)]
-    nulls = [measures.o_null(s, cfg.null_draws, seed=c['seed']) for s in layers]           # the same draws for every head
+    nulls = [measures.o_null(s, cfg.null_draws, seed=c['seed']) for s in layers]           # same draws for all heads
     by_layer = [measures.head_measures(s, null=n) for s, n in zip(layers, nulls)]
     heads = {name: np.stack([m[name] for m in by_layer]) for name in by_layer[0]}          # name -> [L, H]
     joined = (np.concatenate(parts, axis=-1) for parts in zip(*nulls))
@@ -139,15 +138,17 @@ def main(cfg):
     row = n_rows // 2 + measures.runs(second)[1].argmax().item()
     patterns = [p[0] for _, p in model.trace(tokens[row:row + 1]) if p is not None]        # L of [H, T, T]
     ranked = np.nan_to_num(p_half).ravel().argsort()
-    maps = [pattern_map(patterns[i // H][i % H], z[row].cpu(), which, int(i // H), int(i % H), tidy(float(p_half.flat[i])))
-            for which, i in (('most topical', ranked[-1]), ('least topical', ranked[0]))]
+    maps = [pattern_map(patterns[i // H][i % H], z[row].cpu(), which, i // H, i % H, tidy(float(p_half.flat[i])))
+            for which, i in (('most topical', int(ranked[-1])), ('least topical', int(ranked[0])))]
 
     # ---- probes: train and test tokens come from different rows
     train_at, test_at = (at.numpy() for at in probe_at)
     x, y = tokens.flatten().cpu().numpy(), z.flatten().cpu().numpy()
     distance = measures.distance_from_boundary(z).flatten().cpu().numpy()[test_at]
     # one probe a core: many threads on one small regression mostly wait for each other
-    fit = lambda x: measures.probe(np.concatenate(x[0]), y[train_at], np.concatenate(x[1]), seed=c['seed']) == y[test_at]
+    def fit(x):
+        guess = measures.probe(np.concatenate(x[0]), y[train_at], np.concatenate(x[1]), seed=c['seed'])
+        return guess == y[test_at]
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         correct = list(tqdm(pool.map(fit, activations), 'probes', L + 1, unit='layer', disable=None, leave=False))
     by_distance = [measures.by_distance(k, distance) for k in correct]

@@ -71,7 +71,7 @@ def read_file(path):
         raise SystemExit(f'{path}, line {e.lineno}: {e.msg}') from None
     except Exception as e:
         raise SystemExit(f'{path}: {type(e).__name__}: {e}') from None
-    known = {k: kind for s in SCRIPTS if os.path.exists(os.path.join(_here, s)) for k, (_, kind) in block(s).items()}
+    known = {k: kind for s in SCRIPTS for k, (_, kind) in block(s).items()}
     keys = {}
     for key, value in scratch.items():
         if key.startswith('_') or isinstance(value, (types.ModuleType, types.FunctionType)):

@@ -45,9 +45,9 @@ def recal_config(parent_config, parent, steps, keep_rope, lr_scale):
     """The parent's config with what recalibration changes."""
     c = dict(parent_config)
     name = c['condition'].removesuffix('_rope') + ('_kept' if keep_rope else '_drope')
-    return {**c, 'condition': name, 'parent': parent, 'max_iters': steps, 'recal_steps': steps, 'keep_rope': keep_rope, 'rope': keep_rope,
-            'order': 'shuffled', 'cycles': 1, 'cooldown': 0.0, 'parent_order': c['order'], 'parent_cycles': c['cycles'],
-            'parent_cooldown': c['cooldown'], 'parent_iters': c['max_iters'],
+    return {**c, 'condition': name, 'parent': parent, 'max_iters': steps, 'recal_steps': steps, 'keep_rope': keep_rope,
+            'rope': keep_rope, 'order': 'shuffled', 'cycles': 1, 'cooldown': 0.0, 'parent_order': c['order'],
+            'parent_cycles': c['cycles'], 'parent_cooldown': c['cooldown'], 'parent_iters': c['max_iters'],
             'muon_lr': c['muon_lr'] * lr_scale, 'adam_lr': c['adam_lr'] * lr_scale,
             'eval_interval': max(1, min(c['eval_interval'], steps // 8)), 'log_interval': min(c['log_interval'], 5)}
 
@@ -62,8 +62,8 @@ def recalibrate(cfg, length):
     folder = recal_folder(cfg.run, length, cfg.recal_iters[0], parent['max_iters'], cfg.keep_rope)
     ckpt = read_checkpoint(cfg.run)
     if ckpt['step'] < parent['max_iters']:
-        raise SystemExit(f'{cfg.run}: stopped at step {ckpt["step"]} of {parent["max_iters"]}; finish it with train.py first')
-    device, dtype, compile = machine(cfg)
+        raise SystemExit(f'{cfg.run}: stopped at step {ckpt["step"]} of {parent["max_iters"]}; finish it with train.py')
+    device, dtype, compile = machine(cfg.device, cfg.dtype, cfg.compile)
     data = shards.read(data_folder(parent['data_dir'], parent['seed']))
     with memory_errors(c):
         model = load_weights(build(c), ckpt, cfg.run).to(device)
@@ -71,7 +71,8 @@ def recalibrate(cfg, length):
         rows = row_order(labels, steps * c['batch_size'], seed=c['seed'], stream=RECAL_STREAM)
         val_loss = fit(model, c, rows, data, folder, device, dtype, compile)
     if val_loss is not None:
-        print(f'{folder}: val loss {val_loss:.4f} nats after {steps} steps {"with" if cfg.keep_rope else "without"} RoPE')
+        how = 'with' if cfg.keep_rope else 'without'
+        print(f'{folder}: val loss {val_loss:.4f} nats after {steps} steps {how} RoPE')
     return folder
 
 def main(cfg):

@@ -90,7 +90,7 @@ def attention_sums(A, z, n_topics, min_distance=16):
     return dict(
         S=S, S1=S1, n1=n1, pairs=pairs, z=z, blocks=blocks, blocks_u=blocks_u,
         topic_excess=((w - u) * mixed) @ topic, topic_mixed=(mixed @ topic)[:, 0], # [B,H,K], [B,K]
-        entropy=-e.sum(-1), entropy_w=entropy_w.sum(-1), entropy_c=entropy_c.sum(-1),                   # [B,H] from here
+        entropy=-e.sum(-1), entropy_w=entropy_w.sum(-1), entropy_c=entropy_c.sum(-1),             # [B,H] from here
         w=w.sum(-1), c=c.sum(-1), mixed_w=(w * mixed).sum(-1), mixed_c=(c * mixed).sum(-1),
         first=first.sum(-1), own=own.sum(-1),
         content=content.sum(-1), content_w=content_w.sum(-1), content_u=content_u.sum(-1))
@@ -314,7 +314,7 @@ def by_distance(correct, distance):
 # circuits: weights are [out, in], as in Hugging Face; query head h reads kv head h // (H/K)
 
 def rotation(position, head_dim, theta=1e6):
-    """RoPE's R(position) [head_dim, head_dim], fp64: entries i, i + head_dim/2 turn by position theta^(-2i/head_dim)."""
+    """RoPE's R(position) [head_dim, head_dim], fp64: i and i + head_dim/2 turn by position theta^(-2i/head_dim)."""
     angle = position * theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)  # [head_dim/2]
     cos, sin = angle.cos().diag(), angle.sin().diag()
     return torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)))

@@ -198,7 +198,7 @@ def read_checkpoint(folder, device='cpu'):
         ckpt = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f'{path}: no checkpoint; the run was not trained, or its checkpoint was deleted') from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as e:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as e:
         raise SystemExit(f'{path}: not a readable checkpoint ({type(e).__name__}); delete it and train again') from None
     if not isinstance(ckpt, dict) or not {'model', 'optimizer', 'step'} <= ckpt.keys():
         raise SystemExit(f'{path}: a checkpoint, but not one of ours (no model, optimizer and step in it)')

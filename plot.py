@@ -36,7 +36,7 @@ CAPTIONS = {
     'maps': ('The most and the least topical head', 'One validation row, first seed. Strips: topics of queries '
              '(left) and keys (below). L2H1: layer 2, head 1, from 0; P on the rows that chose it.'),
     'probe': ('Topic in the residual stream', 'Linear probe. Token: from the token alone, ceiling: Bayes.'),
-    'distance': ('How soon the topic is known', 'Linear probe after half of the layers. Ceiling: Bayes.'),
+    'distance': ('How soon the topic is known', 'Linear probe after the last layer. Ceiling: Bayes filter.'),
     'spectra': ('Singular values over the largest', 'Mean over heads. Solid: RoPE, dotted: DroPE.'),
     'effects': ('Paired effects of the order', 'Bars: 95% interval, p: sign flips, unadjusted. Shaded: main.'),
     'compare': ('Side by side', 'Upper half: arms, small: seeds. Lower half: paired differences, 95% '
@@ -211,7 +211,7 @@ def plot_scores_p(cfg, exp, runs):
         g = grids[a, o, s]
         image = ax.imshow(g, cmap='PuOr_r', vmin=-v, vmax=v, aspect='auto')
         for l, h in np.ndindex(L, H) if L * H <= 32 else ():  # where numbers have room
-            ax.text(h, l, '–' if np.isnan(g[l, h]) else f'{g[l, h]:.{2 + (v < .1)}f}', ha='center', va='center',
+            ax.text(h, l, '–' if np.isnan(g[l, h]) else f'{round(g[l, h], 2 + (v < .1)) + 0:.{2 + (v < .1)}f}', ha='center', va='center',
                     color='white' if abs(g[l, h]) > .6 * v else '#333333')
         ax.set(title=f'{STAGES[s][0]}, mean {mean(g.ravel()):.3f}', facecolor='#dddddd', xlabel='head',
                ylabel='layer', xticks=range(0, H, 1 + H // 13), yticks=range(0, L, 1 + L // 13))
@@ -255,7 +255,7 @@ def plot_probe(cfg, exp, runs, name='probe'):
     L = len(first['accuracy']) - 1
     ticks, get, refs = range(L + 1), lambda p: p['accuracy'], ('majority', 'token', 'ceiling')
     if name == 'distance':
-        ticks, get, refs = first['distance'], lambda p: p['by_distance'][L // 2], ('ceiling_by_distance',)
+        ticks, get, refs = first['distance'], lambda p: p['by_distance'][L], ('ceiling_by_distance',)
     fig, axes = canvas(cfg, exp, name, len(attns), len(stages), 2.5, sharey=True)
     for ax, (attn, stage) in fill(axes, [(a, s) for a in attns for s in stages],
                                   {(r['attn'], r['stage']) for r in runs}):

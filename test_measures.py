@@ -1,4 +1,4 @@
-"""Tests of measures.py, on attention made by hand and on rows of topics like the project's. `pytest test_measures.py`"""
+"""Tests of measures.py, on attention made by hand and on rows of topics like the project's."""
 import math
 import numpy as np
 import pytest
@@ -92,7 +92,9 @@ def slow_measures(A, z, K, gap):
                 within.append(w); us.append(u); mass_other.append(o); per[z[b, t]][b].append(w - u)
             sink += a[0]; own += a[t]
             if t >= 2:
-                content += a[1:t].sum(); content_same += a[1:t][same[1:t]].sum(); content_u += a[1:t].sum() * same[1:t].mean()
+                content += a[1:t].sum()
+                content_same += a[1:t][same[1:t]].sum()
+                content_u += a[1:t].sum() * same[1:t].mean()
     q = n * T
     out = dict(entropy=np.mean(ent), entropy_ratio=np.mean(ent) / np.mean([math.log(t + 1) for t in range(T)]),
                entropy_within=np.dot(ew, mw) / sum(mw), entropy_cross=np.dot(ec, mc) / sum(mc), within=np.mean(within),
@@ -174,7 +176,7 @@ def test_position_alone_scores_zero(kind, n, T, min_run):
 def test_boundaries_alone_move_p_but_not_o(kind):
     z = make_rows(400, seed=2, **kind)
     out = M.head_measures(sums_of(run_heads(z), z))
-    assert (out['score_p'][:3] > 0.2).all() and out['score_p'][3] < -1                  # own, two that leak, previous segment
+    assert (out['score_p'][:3] > 0.2).all() and out['score_p'][3] < -1      # own, two that leak, previous segment
     assert (np.abs(out['o_z']) < 3).all() and (np.abs(out['score_o']) < 0.2).all()
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -351,7 +353,8 @@ def test_probe_tokens_share_no_row(n_rows, max_tokens):
     train, test = M.probe_tokens(n_rows, 16, max_tokens, torch.Generator().manual_seed(0))
     rows = [set((x // 16).tolist()) for x in (train, test)]
     assert not rows[0] & rows[1] and rows[0] | rows[1] <= set(range(n_rows))
-    assert [len(x) for x in (train, test)] == [min(max_tokens // 2, 16 * k) for k in (n_rows // 2, n_rows - n_rows // 2)]
+    sizes = [min(max_tokens // 2, 16 * k) for k in (n_rows // 2, n_rows - n_rows // 2)]
+    assert [len(x) for x in (train, test)] == sizes
     assert len(set(train.tolist())) == len(train) and len(set(test.tolist())) == len(test)
     again = M.probe_tokens(n_rows, 16, max_tokens, torch.Generator().manual_seed(0))
     assert torch.equal(train, again[0]) and torch.equal(test, again[1])

@@ -74,7 +74,7 @@ def test_topic_order_is_blocks():
     for k in range(4):                                             # stable: the shuffle survives inside a block
         assert (rows[:100][LABELS[rows[:100]] == k] == reference[LABELS[reference] == k]).all()
     pseudo = row_order(LABELS, 100, 'pseudo', seed=1)
-    assert n_blocks(LABELS[pseudo]) > 40                           # blocks of another label, which says nothing of topics
+    assert n_blocks(LABELS[pseudo]) > 40                  # blocks of another label, which says nothing of topics
 
 def test_dominant_topic_and_learning_rate():
     assert dominant_topic(np.array([[0, 1, 1], [2, 2, 1], [0, 1, 2]]), 3).tolist() == [1, 2, 0]
@@ -103,7 +103,8 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 def kill_at(step, log, *command):
     """Start a script and kill -9 it once its log has reached a step; whether it was still running."""
-    process = subprocess.Popen([sys.executable, *command], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, *command], env=ENV, **quiet)
     while process.poll() is None:
         if os.path.exists(log) and open(log).read().count('"step"') > step:
             process.kill()
@@ -112,15 +113,17 @@ def kill_at(step, log, *command):
     return process.wait() == -signal.SIGKILL
 
 def test_resume_after_kill_is_bit_equal(dataset, tmp_path):
-    """Killed at random steps between checkpoints and once while a checkpoint is written, in training and recalibration."""
+    """Killed at random steps between checkpoints and once while one is written, in training and in recalibration."""
     steps, seed = 60, time.time_ns()
     print('kills drawn with seed', seed)
     rng = random.Random(seed)
     def commands(name):
         parent = f'{tmp_path}/{name}_rope/seed0'
-        return {parent: [os.path.join(HERE, 'train.py'), *TINY, f'--data_dir={dataset}', f'--run={parent}', '--order=topic',
-                         '--cycles=2', f'--max_iters={steps}', '--eval_interval=10'],
-                f'{tmp_path}/{name}_drope/seed0': [os.path.join(HERE, 'drope.py'), f'--run={parent}', f'--recal_iters={steps}']}
+        train = [*TINY, f'--data_dir={dataset}', '--order=topic', '--cycles=2', f'--max_iters={steps}',
+                 '--eval_interval=10']
+        return {parent: [os.path.join(HERE, 'train.py'), *train, f'--run={parent}'],
+                parent.replace('_rope', '_drope'): [os.path.join(HERE, 'drope.py'), f'--run={parent}',
+                                                    f'--recal_iters={steps}']}
     for folder, command in commands('whole').items():
         done = run(*command)
         assert done.returncode == 0, done.stderr
@@ -133,7 +136,7 @@ def test_resume_after_kill_is_bit_equal(dataset, tmp_path):
         done = run(*command)
         assert done.returncode == 0, done.stderr
         assert same(weights(folder), weights(whole))
-        records, expected = ([json.loads(line) for line in open(os.path.join(f, 'log.jsonl'))][1:] for f in (folder, whole))
+        records, expected = (list(map(json.loads, open(f + '/log.jsonl')))[1:] for f in (folder, whole))
         assert [r['step'] for r in records] == list(range(steps + 1))      # the log has no gaps and no repeats
         assert [(r['loss'], r['val_loss']) for r in records] == [(r['loss'], r['val_loss']) for r in expected]
     assert not same(weights(f'{tmp_path}/whole_rope/seed0'), weights(f'{tmp_path}/whole_drope/seed0'))
@@ -142,17 +145,18 @@ def test_resume_after_kill_is_bit_equal(dataset, tmp_path):
 # processes and micro-batches
 
 def losses(folder):
-    return np.array([[r['loss'] or 0, r['val_loss'] or 0] for r in map(json.loads, list(open(folder + '/log.jsonl'))[1:])])
+    records = list(map(json.loads, open(folder + '/log.jsonl')))[1:]
+    return np.array([[r['loss'] or 0, r['val_loss'] or 0] for r in records])
 
 def test_two_processes_and_micro_batches_match_one(dataset, tmp_path):
     """
     Two gloo processes and one, at the same global batch. They are compared where the gradients are summed in the same
-    order (one process with two micro-batches), losses and weights; with the whole batch in one product the losses of the
-    first steps agree too. Later rounding shows: Muon makes all directions of a gradient equally large, also those that
-    hold next to nothing, and in bf16, so 1e-7 in a sum has moved a matrix by 1% after 20 steps.
+    order (one process with two micro-batches), losses and weights; with the whole batch in one product the losses of
+    the first steps agree too. Later rounding shows: Muon makes all directions of a gradient equally large, also those
+    that hold next to nothing, and in bf16, so 1e-7 in a sum has moved a matrix by 1% after 20 steps.
     """
-    args = [*TINY, '--n_head=4', '--n_embd=64', '--head_dim=16', '--mlp_hidden=176', '--batch_size=32', '--max_iters=20',
-            f'--data_dir={dataset}', '--order=topic']
+    args = [*TINY, '--n_head=4', '--n_embd=64', '--head_dim=16', '--mlp_hidden=176', '--batch_size=32',
+            '--max_iters=20', f'--data_dir={dataset}', '--order=topic']
     torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
     for name, launcher, extra in (('one', [], []), ('two', torchrun, []), ('halves', [], ['--grad_accum=2'])):
         done = subprocess.run([sys.executable, *launcher, os.path.join(HERE, 'train.py'), *args, *extra,

@@ -53,7 +53,7 @@ adam_lr = 3e-4              # AdamW: embedding and norm gains
 weight_decay = 0.01         # both, decoupled
 grad_clip = 1.0             # norm of the whole gradient; 0 = off
 # order
-order = 'shuffled'          # shuffled, topic (rows sorted by dominant topic) or pseudo (by a random label of equal sizes)
+order = 'shuffled'          # shuffled, topic (sorted by dominant topic) or pseudo (by a random label of equal sizes)
 cycles = 1                  # passes over the topics in an epoch; 1 = the log's, large = nearly shuffled
 cooldown = 0.0              # last fraction of the steps that is shuffled, the same rows in every arm
 # log
@@ -187,37 +187,37 @@ def open_run(folder, config):
         differ = differences(config, there)
         if differ:
             k = differ[0]
-            raise SystemExit(f'{folder}: holds a run with other settings ({k} = {there.get(k)!r}, here {config.get(k)!r}'
-                             + (f', and {len(differ) - 1} more' if differ[1:] else '')
-                             + '); delete it or choose another folder with --run=')
+            more = f', and {len(differ) - 1} more' if differ[1:] else ''
+            raise SystemExit(f'{folder}: holds a run with other settings ({k} = {there.get(k)!r}, here '
+                             f'{config.get(k)!r}{more}); delete it or choose another folder with --run=')
     else:
         try:
             os.makedirs(folder, exist_ok=True)
             shards.write_json(path, config)
         except OSError as e:
-            raise SystemExit(f'{folder}: cannot write the run there ({e.strerror}); choose another --out_dir') from None
+            raise SystemExit(f'{folder}: cannot write there ({e.strerror}); choose another --out_dir') from None
     if dist.is_initialized():
         dist.barrier()
 
-def machine(cfg):
-    """(device, dtype, compile) with the automatic choices made, for this process."""
-    device = cfg.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+def machine(device, dtype='', compile=None):
+    """(torch.device, dtype, compile) with the automatic choices made, for this process."""
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device.startswith('cuda') and not torch.cuda.is_available():
-        raise SystemExit(f'--device={device}: torch {torch.__version__} sees no CUDA device here')
+        raise SystemExit(f'device = {device}: torch {torch.__version__} sees no CUDA device here')
     if device == 'cuda':
         device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.device(device)
     except RuntimeError:
-        raise SystemExit(f'--device={device}: not a device; cpu, cuda or cuda:1') from None
-    dtype = cfg.dtype or ('bfloat16' if device.type == 'cuda' else 'float32')
+        raise SystemExit(f'device = {device}: not a device; cpu, cuda or cuda:1') from None
+    dtype = dtype or ('bfloat16' if device.type == 'cuda' else 'float32')
     if dtype not in ('float32', 'bfloat16'):
-        raise SystemExit(f'--dtype={dtype}: float32 or bfloat16')
+        raise SystemExit(f'dtype = {dtype}: float32 or bfloat16')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if 'RANK' in os.environ and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    return device, dtype, cfg.compile if cfg.compile is not None else device.type == 'cuda'
+    return device, dtype, device.type == 'cuda' if compile is None else compile
 
 def versions(device):
     """What a result depends on: {'device', 'versions'}."""
@@ -233,8 +233,9 @@ def memory_errors(config):
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and 'memory' not in str(e):
             raise
-        raise SystemExit(f'out of memory at batch_size={config["batch_size"]}, grad_accum={config["grad_accum"]}: '
-                         f'--grad_accum={2 * config["grad_accum"]} halves what a step needs, and resumes the run') from None
+        accum = config['grad_accum']
+        raise SystemExit(f'out of memory at batch_size = {config["batch_size"]}, grad_accum = {accum}: '
+                         f'--grad_accum={2 * accum} halves what a step needs, and resumes the run') from None
 
 # -----------------------------------------------------------------------------
 # the training loop, for train.py and drope.py alike
@@ -255,7 +256,7 @@ def evaluate(model, tokens, micro, autocast):
 
 def fit(model, c, rows, data, folder, device, dtype, compile):
     """
-    Train `model` through `rows`, leaving config.json, log.jsonl and ckpt.pt in `folder`; resumes where there is a ckpt.pt.
+    Train `model` through `rows`, leaving config.json, log.jsonl and ckpt.pt in `folder`; resumes from a ckpt.pt there.
 
     c: the run's config as a dict. rows: int64 [max_iters * batch_size], rows of data.train in order (`row_order`).
     data: shards.read(...). Returns the last validation loss in nats, or None if the run was already finished.
@@ -307,6 +308,8 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
     before = lines[-1].get('seconds', 0.0) if lines else 0.0
     name = os.path.basename(os.path.dirname(folder)) or folder
     bar = tqdm(total=max_iters, initial=start, desc=name, unit='step', disable=None if rank == 0 else True)
+    diverged = (f'{folder}: {{}} is {{}} at step {{}}; the last checkpoint is kept. Try a lower --muon_lr or --adam_lr '
+                f'(now {c["muon_lr"]}, {c["adam_lr"]}) in a new run folder')
     loss_sum, logged, val_loss, clock = torch.zeros((), device=device), start, None, time.time()
     began = clock
     try:
@@ -318,13 +321,11 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
                     dist.all_reduce(loss_sum)
                 loss = loss_sum.item() / max(step - logged, 1)
                 if not math.isfinite(loss):
-                    raise SystemExit(f'{folder}: loss is {loss} at step {step}; the last checkpoint is kept. Try a lower '
-                                     f'--muon_lr or --adam_lr (now {c["muon_lr"]}, {c["adam_lr"]}) in a new run folder')
+                    raise SystemExit(diverged.format('loss', loss, step))
                 tok_s = (step - logged) * c['batch_size'] * (train.size(1) - 1) / max(time.time() - clock, 1e-9)
                 val_loss = evaluate(model, val, micro, autocast) if evaluating else None
                 if evaluating and not math.isfinite(val_loss):
-                    raise SystemExit(f'{folder}: validation loss is {val_loss} at step {step}; the last checkpoint is '
-                                     f'kept. Try a lower --muon_lr or --adam_lr in a new run folder')
+                    raise SystemExit(diverged.format('validation loss', val_loss, step))
                 if rank == 0:
                     topics = np.bincount(histogram[logged:step].ravel(), minlength=c['n_topics'])
                     log.write(json.dumps({
@@ -355,8 +356,9 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
                     loss.backward()
                 except Exception as e:
                     if compile and type(e).__module__.startswith(('torch._dynamo', 'torch._inductor')):
-                        raise SystemExit(f'torch.compile failed ({type(e).__name__}: {str(e).strip().splitlines()[0]}); '
-                                         'go on with --compile=False') from None
+                        line = str(e).strip().splitlines()[0]
+                        raise SystemExit(f'torch.compile failed ({type(e).__name__}: {line}); go on with '
+                                         '--compile=False') from None
                     raise
                 loss_sum += loss.detach()
             if world > 1:
@@ -369,7 +371,8 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
             model.zero_grad(set_to_none=True)
             bar.update()
     except KeyboardInterrupt:
-        raise SystemExit(f'\n{folder}: stopped at step {step}; the same command resumes from the last checkpoint') from None
+        raise SystemExit(f'\n{folder}: stopped at step {step}; the same command resumes from the last checkpoint'
+                         ) from None
     finally:
         bar.close()
         if log:
@@ -388,8 +391,9 @@ def save_checkpoint(path, ckpt):
 # one condition
 
 def data_folder(data_dir, seed):
-    """data_dir/seed<k>, as micro-languages are kept, or data_dir itself where it is a dataset (Wikipedia has no seed)."""
-    return data_dir if os.path.exists(os.path.join(data_dir, 'meta.json')) else os.path.join(data_dir, f'seed{seed}')
+    """data_dir/seed<k>, as micro-languages are kept, or data_dir itself where it is a dataset (your own tokens)."""
+    own = os.path.exists(os.path.join(data_dir, 'meta.json'))
+    return data_dir if own else os.path.join(data_dir, f'seed{seed}')
 
 def resolve(cfg, meta):
     """The flat config of a run, as config.json keeps it: this script's keys, and the dataset's parameters."""
@@ -400,19 +404,20 @@ def resolve(cfg, meta):
 
 def main(cfg):
     if cfg.order not in ('shuffled', 'topic', 'pseudo'):
-        raise SystemExit(f'--order={cfg.order}: shuffled, topic or pseudo')
+        raise SystemExit(f'order = {cfg.order}: shuffled, topic or pseudo')
     if min(cfg.cycles, cfg.max_iters, cfg.batch_size, cfg.grad_accum, cfg.log_interval, cfg.eval_interval) < 1 \
             or not 0 <= cfg.cooldown <= 1:
-        raise SystemExit('cycles, max_iters, batch_size, grad_accum, log_interval and eval_interval must be at least 1, '
-                         'cooldown between 0 and 1')
-    device, dtype, compile = machine(cfg)
+        raise SystemExit('cycles, max_iters, batch_size, grad_accum, log_interval and eval_interval must be at least '
+                         '1, cooldown between 0 and 1')
+    device, dtype, compile = machine(cfg.device, cfg.dtype, cfg.compile)
     data = shards.read(data_folder(cfg.data_dir, cfg.seed))
     c = resolve(cfg, data.meta)
     folder = cfg.run or os.path.join(cfg.out_dir, c['condition'], f'seed{c["seed"]}')
     with memory_errors(c):
         model = build(c, torch.Generator().manual_seed(c['seed'])).to(device)
-        rows = row_order(dominant_topic(data.train_topics, c['n_topics']), c['max_iters'] * c['batch_size'], c['order'],
-                         c['cycles'], round(c['cooldown'] * c['max_iters']) * c['batch_size'], c['seed'])
+        cooldown_rows = round(c['cooldown'] * c['max_iters']) * c['batch_size']
+        rows = row_order(dominant_topic(data.train_topics, c['n_topics']), c['max_iters'] * c['batch_size'],
+                         c['order'], c['cycles'], cooldown_rows, c['seed'])
         val_loss = fit(model, c, rows, data, folder, device, dtype, compile)
     if val_loss is not None:
         print(f'{folder}: val loss {val_loss:.4f} nats after {c["max_iters"]} steps')

@@ -12,3 +12,4 @@ eval_interval = 100
 adam_lr = 3e-3
 recal_iters = 0.3
 null_draws = 50
+jobs = 2                    # two arms at a time, a core each
