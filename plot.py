@@ -211,7 +211,8 @@ def plot_scores_p(cfg, exp, runs):
         g = grids[a, o, s]
         image = ax.imshow(g, cmap='PuOr_r', vmin=-v, vmax=v, aspect='auto')
         for l, h in np.ndindex(L, H) if L * H <= 32 else ():  # where numbers have room
-            ax.text(h, l, '–' if np.isnan(g[l, h]) else f'{round(g[l, h], 2 + (v < .1)) + 0:.{2 + (v < .1)}f}', ha='center', va='center',
+            p = round(g[l, h], 2 + (v < .1)) + 0                  # + 0: no minus before zero
+            ax.text(h, l, '–' if np.isnan(p) else f'{p:.{2 + (v < .1)}f}', ha='center', va='center',
                     color='white' if abs(g[l, h]) > .6 * v else '#333333')
         ax.set(title=f'{STAGES[s][0]}, mean {mean(g.ravel()):.3f}', facecolor='#dddddd', xlabel='head',
                ylabel='layer', xticks=range(0, H, 1 + H // 13), yticks=range(0, L, 1 + L // 13))

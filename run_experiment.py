@@ -312,6 +312,8 @@ def publish_results(cfg):
     target = os.path.join('results', os.path.basename(cfg.out_dir))
     temporary = target + '.tmp'
     shutil.rmtree(temporary, ignore_errors=True)
+    if os.path.exists(target):
+        shutil.copytree(target, temporary)                  # other arms may have been published before
     for folder, _, names in os.walk(cfg.out_dir):
         there = os.path.join(temporary, os.path.relpath(folder, cfg.out_dir))
         for name in names:
@@ -375,7 +377,7 @@ def main(cfg):
         place = done_in(folder, c)
         if place != folder:
             os.makedirs(folder, exist_ok=True)
-            for name in ('config.json', 'log.jsonl', 'analysis.json'):
+            for name in (n for n in os.listdir(place) if n.endswith(('.json', '.jsonl'))):
                 shutil.copy(os.path.join(place, name), os.path.join(folder, name))
 
     # ---- the report
