@@ -39,6 +39,8 @@ device = ''                 # as in train.py
 
 # -----------------------------------------------------------------------------
 
+SETTINGS = ('analysis_rows', 'probe_tokens', 'null_draws')      # kept in analysis.json: others are another analysis
+
 def tidy(x, digits=6):
     """Arrays and floats as JSON: nested lists, that many significant digits, nan as null."""
     if isinstance(x, dict):
@@ -78,7 +80,18 @@ def circuits(model, theta):
     rank = measures.effective_rank
     return {'qk': qk, 'ov': ov, 'qk_rank': {d: rank(s) for d, s in qk.items()}, 'ov_rank': rank(ov)}
 
+def show(x, form):
+    """A number, or a dash where it is undefined."""
+    return '—' if x is None else format(x, form)
+
+def check(cfg):
+    """Stops with one line at the first setting that can't work."""
+    for key, least in (('analysis_rows', 4), ('probe_tokens', 100), ('null_draws', 1)):
+        if getattr(cfg, key) < least:
+            raise SystemExit(f'{key} = {getattr(cfg, key)}: must be at least {least}')
+
 def main(cfg):
+    check(cfg)
     if not cfg.run:
         raise SystemExit('analyze.py: --run=FOLDER, the trained run to analyse')
     clock = time.time()
@@ -90,7 +103,7 @@ def main(cfg):
     data = shards.read(data_folder(c['data_dir'], c['seed']))
     n_rows, T, L, H = min(cfg.analysis_rows, len(data.val)), c['block_size'], c['n_layer'], c['n_head']
     if n_rows < 4:
-        raise SystemExit(f'analyze.py: analysis_rows = {n_rows}; at least 4 rows are needed')
+        raise SystemExit(f'analyze.py: {len(data.val)} validation rows; at least 4 are needed')
     model = load_weights(build(c), ckpt, cfg.run).to(device).eval()
     tokens = torch.from_numpy(data.val[:n_rows, :-1].astype(np.int64)).to(device)          # [n_rows, T]
     z = torch.from_numpy(data.val_topics[:n_rows, :-1].astype(np.int64)).to(device)
@@ -113,7 +126,7 @@ def main(cfg):
     probe_at = measures.probe_tokens(n_rows, T, cfg.probe_tokens, generator)               # indices into rows x T
     sums = [[None] * L, [None] * L]
     activations = [[[], []] for _ in range(L + 1)]
-    with memory_errors(c):
+    with memory_errors('analyse on a device with more of it, such as --device=cpu'):
         for b in tqdm(batches, desc=f'analyse {os.path.relpath(cfg.run)}', unit='batch', disable=None, leave=False):
             half = sums[b.start >= n_rows // 2]
             for layer, (hidden, pattern) in enumerate(model.trace(tokens[b])):
@@ -176,11 +189,12 @@ def main(cfg):
         'heads': tidy(heads), 'mean': tidy({k: float(np.nanmean(v)) if not np.isnan(v).all() else None
                                             for k, v in heads.items()}),
         'uniform': tidy(measures.uniform_measures(z)), 'probe': tidy(probe), 'circuits': tidy(spectra, 4), 'maps': maps,
-        'seconds': round(time.time() - clock, 2)}
+        'settings': {k: getattr(cfg, k) for k in SETTINGS}, 'seconds': round(time.time() - clock, 2)}
     shards.write_json(os.path.join(cfg.run, 'analysis.json'), result)
     middle = L // 2
-    print(f'{cfg.run}: P {result["mean"]["score_p"]:+.3f}, O {result["mean"]["score_o"] or 0:+.3f}, within '
-          f'{result["mean"]["within"]:.1%} (uniform {result["uniform"]["within"]:.1%}), probe[{middle}] '
+    mean = result['mean']
+    print(f'{cfg.run}: P {show(mean["score_p"], "+.3f")}, O {show(mean["score_o"], "+.3f")}, within '
+          f'{show(mean["within"], ".1%")} (uniform {show(result["uniform"]["within"], ".1%")}), probe[{middle}] '
           f'{probe["accuracy"][middle]:.3f}, {result["seconds"]:.0f} s')
     return result
 

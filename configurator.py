@@ -31,6 +31,8 @@ def block(script):
         if isinstance(target, ast.Name) and target.id.islower() and not target.id.startswith('_'):
             exec(compile(ast.Module([node], []), script, 'exec'), scratch)
             value, kind = scratch[target.id], type(scratch[target.id])
+            if kind is tuple:
+                kind = tuple[type(value[0])]                # all of a tuple's elements are of the first one's type
             if isinstance(node, ast.AnnAssign):
                 kind = typing.Optional[eval(compile(ast.Expression(node.annotation), script, 'eval'), scratch)]
             keys[target.id] = (value, kind)
@@ -44,8 +46,12 @@ def check(key, value, kind, where):
         return None
     if base is float and type(value) is int:
         return float(value)
-    if base is tuple:
-        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if typing.get_origin(base) is tuple:                    # a scalar is a tuple of one; names may be 'a,b'
+        value = value.split(',') if isinstance(value, str) else value
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        if not values:
+            raise SystemExit(f'{where}: {key} is empty; expected at least one value')
+        return tuple(check(key, v, typing.get_args(base)[0], where) for v in values)
     if type(value) is not base:
         raise SystemExit(f'{where}: {key} = {value!r} is a {type(value).__name__}; '
                          f'expected {base.__name__}{" or none" if optional else ""}')
@@ -61,9 +67,10 @@ def unknown(key, known, where):
 def read_file(path):
     """The keys that a config file sets, each known to some script, as {key: value}."""
     try:
-        source = open(path).read()
-    except OSError as e:
-        raise SystemExit(f'{path}: {e.strerror}; a config is a Python file such as config/run1.py') from None
+        source = open(path, encoding='utf-8').read()
+    except (OSError, UnicodeDecodeError) as e:
+        reason = getattr(e, 'strerror', None) or 'not UTF-8 text'
+        raise SystemExit(f'{path}: {reason}; a config is a Python file such as config/run1.py') from None
     scratch = {}
     try:
         exec(compile(source, path, 'exec'), scratch)
@@ -95,7 +102,7 @@ def configure(script, argv=None, positional=False, stages=()):
     script: its __file__. argv: config files and --key=value flags (default: the command line).
     positional: plain arguments that are not .py files are kept in cfg.paths (plot.py's folders).
     stages: other scripts whose keys this one takes as well (run_experiment.py passes them on).
-    cfg.config_file is the last config file, or ''. cfg.overrides is what files and flags have set.
+    cfg.overrides holds what files and flags have set.
     """
     name = os.path.basename(script)
     keys = {}
@@ -131,7 +138,7 @@ def configure(script, argv=None, positional=False, stages=()):
             value = text                                  # --run=123 names a folder, not a number
         overrides[key] = check(key, value, keys[key][1], where)
     cfg = types.SimpleNamespace(**{k: overrides.get(k, value) for k, (value, _) in keys.items()})
-    cfg.overrides, cfg.config_file, cfg.paths = overrides, files[-1] if files else '', paths
+    cfg.overrides, cfg.paths = overrides, paths
     return cfg
 
 def comment(key, scripts):

@@ -13,7 +13,7 @@ import os
 import shards
 from configurator import configure
 from model import build, load_weights, read_checkpoint, read_config
-from train import data_folder, dominant_topic, fit, machine, memory_errors, row_order
+from train import RAISE_GRAD_ACCUM, data_folder, dominant_topic, fit, machine, memory_errors, row_order
 
 # -----------------------------------------------------------------------------
 # config
@@ -38,7 +38,11 @@ def recal_steps(length, parent_steps):
 def recal_folder(parent, length, main_length, parent_steps, keep_rope):
     """Where the recalibration of a parent folder .../<condition>_rope/seed<k> goes."""
     arm, seed = os.path.split(os.path.normpath(parent))
-    folder = os.path.join(arm.removesuffix('_rope') + ('_kept' if keep_rope else '_drope'), seed)
+    kind = '_kept' if keep_rope else '_drope'
+    if arm.endswith('_rope'):
+        folder = os.path.join(arm.removesuffix('_rope') + kind, seed)
+    else:                                                   # another layout: --run=out/mine gets out/mine_drope
+        folder = os.path.join(arm, seed) + kind
     return folder if length == main_length else os.path.join(folder, f'recal_{recal_steps(length, parent_steps)}')
 
 def recal_config(parent_config, parent, steps, keep_rope, lr_scale):
@@ -60,13 +64,15 @@ def recalibrate(cfg, length):
     c = recal_config(parent, cfg.run, steps, cfg.keep_rope, cfg.recal_lr_scale)
     c['grad_accum'] = cfg.grad_accum
     folder = recal_folder(cfg.run, length, cfg.recal_iters[0], parent['max_iters'], cfg.keep_rope)
-    ckpt = read_checkpoint(cfg.run)
-    if ckpt['step'] < parent['max_iters']:
-        raise SystemExit(f'{cfg.run}: stopped at step {ckpt["step"]} of {parent["max_iters"]}; finish it with train.py')
     device, dtype, compile = machine(cfg.device, cfg.dtype, cfg.compile)
     data = shards.read(data_folder(parent['data_dir'], parent['seed']))
-    with memory_errors(c):
-        model = load_weights(build(c), ckpt, cfg.run).to(device)
+    with memory_errors(RAISE_GRAD_ACCUM.format(**c)):
+        model = build(c).to(device)
+        if not os.path.exists(os.path.join(folder, 'ckpt.pt')):                 # else fit resumes from that one
+            ckpt = read_checkpoint(cfg.run)
+            if ckpt['step'] < parent['max_iters']:
+                raise SystemExit(f'{cfg.run}: stopped at step {ckpt["step"]} of {parent["max_iters"]}; finish it first')
+            load_weights(model, ckpt, cfg.run)
         labels = dominant_topic(data.train_topics, c['n_topics'])
         rows = row_order(labels, steps * c['batch_size'], seed=c['seed'], stream=RECAL_STREAM)
         val_loss = fit(model, c, rows, data, folder, device, dtype, compile)

@@ -7,7 +7,6 @@ is an export (sources: Qwen3 technical report, arXiv 2505.09388; DroPE, arXiv 25
 """
 import json
 import os
-import pickle
 
 import torch
 import torch.nn as nn
@@ -185,11 +184,14 @@ def build(config, generator=None):
 def read_config(folder):
     """config.json of a run folder as a dict."""
     try:
-        return json.load(open(os.path.join(folder, 'config.json')))
-    except FileNotFoundError:
+        config = json.load(open(os.path.join(folder, 'config.json')))
+    except OSError:
         raise SystemExit(f'{folder}: no run here (config.json is missing); train.py makes one') from None
     except ValueError:
         raise SystemExit(f'{folder}/config.json: not JSON; delete the folder and train again') from None
+    if not isinstance(config, dict) or not {*SHAPE, 'rope', 'recal_steps'} <= config.keys():
+        raise SystemExit(f'{folder}/config.json: not of one of our runs; train.py makes one')
+    return config
 
 def read_checkpoint(folder, device='cpu'):
     """ckpt.pt of a run folder: {'model', 'optimizer', 'step', ...}. weights_only: a checkpoint can't run code."""
@@ -198,7 +200,7 @@ def read_checkpoint(folder, device='cpu'):
         ckpt = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f'{path}: no checkpoint; the run was not trained, or its checkpoint was deleted') from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as e:
+    except Exception as e:                                  # a damaged file can fail in any way
         raise SystemExit(f'{path}: not a readable checkpoint ({type(e).__name__}); delete it and train again') from None
     if not isinstance(ckpt, dict) or not {'model', 'optimizer', 'step'} <= ckpt.keys():
         raise SystemExit(f'{path}: a checkpoint, but not one of ours (no model, optimizer and step in it)')

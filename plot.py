@@ -243,8 +243,9 @@ def plot_maps(cfg, exp, runs):
             inset = ax.inset_axes(box)
             inset.imshow(strip, cmap=ListedColormap(TOPICS), vmin=0, vmax=len(TOPICS) - 1, aspect='auto')
             inset.set_axis_off()
+        p = 'undefined' if m['score_p'] is None else f'{m["score_p"]:.3f}'
         ax.set(xlim=(-.5, T - .5), ylim=(T - .5, -.5),
-               title=f'{w}, {STAGES[s][0]}\nL{m["layer"]}H{m["head"]}, P = {m["score_p"]:.3f}')
+               title=f'{w}, {STAGES[s][0]}\nL{m["layer"]}H{m["head"]}, P = {p}')
         ax.axis('off')
         if (w, s) == columns[0]:
             side_name(ax, plain(f'{runs[0]["attn"]} {o}'), exp['colour'][o])

@@ -9,14 +9,16 @@ What is done is skipped: a run is done when its analysis.json is there with the 
 under results/, even where its checkpoint was deleted. Stop it at any time; the same command goes on. Writes
 summary.json, summary.md and figures/ into out_dir; --publish copies what they are made from to results/<experiment>/.
 """
+import functools
+import glob
 import itertools
 import json
 import multiprocessing
 import os
 import re
 import shutil
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, wait
 from types import SimpleNamespace
 
 import numpy as np
@@ -78,11 +80,19 @@ def arm_runs(cfg, arm, seed):
                          drope.recal_config(c, folder, steps, keep, cfg.recal_lr_scale), length))
     return runs
 
-def done_in(folder, c):
+def published(cfg, folder=None):
+    """Where an experiment, or one of its folders, is published."""
+    place = os.path.join('results', os.path.basename(cfg.out_dir))
+    return os.path.join(place, os.path.relpath(folder, cfg.out_dir)) if folder else place
+
+def done_in(cfg, folder, c):
     """The folder that holds the analysis of this run: its own, or where it was published; None if it is to be done."""
-    for place in (folder, os.path.join('results', os.path.relpath(folder, 'out'))):
-        if os.path.exists(os.path.join(place, 'analysis.json')) and not train.differences(c, read_config(place)):
-            return place
+    settings = {k: getattr(cfg, k) for k in analyze.SETTINGS}
+    for place in (folder, published(cfg, folder)):
+        path = os.path.join(place, 'analysis.json')
+        if os.path.exists(path) and not train.differences(c, read_config(place)):
+            if json.load(open(path)).get('settings') == settings:
+                return place
 
 def disk_gib(c):
     """What a run leaves on disk: the weights, Muon's momentum and AdamW's two moments, in fp32."""
@@ -98,18 +108,21 @@ def run_arm(cfg, arm, seed, threads=None):
     """Train an arm of one seed, drop and keep RoPE, analyse each; what is done is skipped. threads: torch's, on CPU."""
     if threads:
         torch.set_num_threads(threads)
-    todo = [run for run in arm_runs(cfg, arm, seed) if not done_in(*run[:2])]
-    parent = arm_runs(cfg, arm, seed)[0][0]
-    train.main(train_stage(cfg, arm, seed))                 # the weights that the others start from
+    runs = arm_runs(cfg, arm, seed)
+    todo = [run for run in runs if not done_in(cfg, *run[:2])]
+    parent = runs[0][0]
+    # the parent is trained, again if its checkpoint was deleted, where a run has still to start from it
+    if any(run is runs[0] or not os.path.exists(os.path.join(run[0], 'ckpt.pt')) for run in todo):
+        train.main(train_stage(cfg, arm, seed))
     for folder, c, length in todo:
         if length is not None:
             drope.recalibrate(stage(cfg, 'drope.py', run=parent, keep_rope=c['keep_rope']), length)
-        analyze.main(stage(cfg, 'analyze.py', run=folder))
+        analyze.main(stage(cfg, 'analyze.py', run=folder, causal=True))
 
-def steps_made(run):
+def steps_made(cfg, run):
     """How many steps of a run are done, from its log."""
     folder, c, _ = run
-    if done_in(folder, c):
+    if done_in(cfg, folder, c):
         return c['max_iters']
     try:
         return json.loads(open(os.path.join(folder, 'log.jsonl')).read().splitlines()[-1]).get('step', 0)
@@ -118,22 +131,30 @@ def steps_made(run):
 
 def run_together(cfg, todo, runs):
     """The arms, cfg.jobs at a time, each in a process of its own: on the GPUs in turn, or sharing the cores."""
-    gpus, pending = torch.cuda.device_count(), set()
+    gpus = torch.cuda.device_count() if cfg.device in ('', 'cuda') else 0
+    context, queue, running = multiprocessing.get_context('spawn'), list(enumerate(todo)), []
     bar = tqdm(total=sum(c['max_iters'] for pair in todo for _, c, _ in runs[pair]), unit='step', disable=None)
-    with ProcessPoolExecutor(cfg.jobs, multiprocessing.get_context('spawn')) as pool:
-        for i, pair in enumerate(todo):
-            mine = SimpleNamespace(**vars(cfg) | ({'device': f'cuda:{i % gpus}'} if gpus else {}))
-            pending.add(pool.submit(run_arm, mine, *pair, None if gpus else max(1, os.cpu_count() // cfg.jobs)))
-        try:
-            while pending:
-                finished, pending = wait(pending, timeout=1)
-                bar.update(sum(steps_made(run) for pair in todo for run in runs[pair]) - bar.n)
-                for future in finished:
-                    future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    bar.close()
+    try:
+        while queue or running:
+            while queue and len(running) < cfg.jobs:
+                i, pair = queue.pop(0)
+                mine = SimpleNamespace(**vars(cfg) | ({'device': f'cuda:{i % gpus}'} if gpus else {}))
+                threads = None if gpus else max(1, os.cpu_count() // cfg.jobs)
+                running.append(context.Process(target=run_arm, args=(mine, *pair, threads)))
+                running[-1].start()
+            time.sleep(1)
+            bar.update(sum(steps_made(cfg, run) for pair in todo for run in runs[pair]) - bar.n)
+            for process in [p for p in running if p.exitcode is not None]:
+                running.remove(process)
+                if process.exitcode < 0:                    # else it has said itself what was wrong
+                    print(f'{cfg.out_dir}: an arm was killed by signal {-process.exitcode}, perhaps for lack of memory; '
+                          'try a lower --jobs', file=sys.stderr)
+                if process.exitcode:
+                    raise SystemExit(1)
+    finally:
+        for process in running:
+            process.terminate()
+        bar.close()
 
 # -----------------------------------------------------------------------------
 # statistics: the seed is the unit, arms are compared in pairs
@@ -176,13 +197,30 @@ def max_t(d):
         p[k] = running
     return p.tolist()
 
+@functools.cache
+def smallest_effect(n):
+    """
+    The paired difference, in SDs of it, that the sign-flip test at 5% finds in 80% of samples of n seeds (normal ones,
+    simulated); None where no p can be that small: below 6 seeds.
+    """
+    if n < 6:
+        return None
+    if n > 10:
+        return 2.8 / n ** 0.5                               # the normal test's, close enough by then
+    noise, flips = np.random.default_rng(0).normal(0, 1, (4000, n)), sign_flips(n)
+    for effect in np.arange(0.5, 3, 0.05):
+        means = np.abs((noise + effect) @ flips.T)          # [4000, 2^n]; the first column flips nothing
+        p = (means >= means[:, :1] - 1e-12).mean(1)
+        if (p <= 0.05).mean() >= 0.8:
+            return float(effect)
+
 MEASURES = ('score_p', 'val_loss', 'within', 'score_o', 'entropy', 'probe')
 
 def effects(runs, n_layer):
     """
     Paired differences between arms at the main recalibration length: at each stage (rope, kept, drope, nope) and, as
     'drope - kept', the difference of two. Primary: score_p, topic_ordered - shuffled, drope - kept; its p stands
-    alone, all the others of an attention type are adjusted together (p_adjusted).
+    alone, all the others of an attention type are adjusted together (p_adjusted). smallest: what 80% power reaches.
     """
     value, names = {}, {}                                   # (measure, condition, seed) -> value; attention -> orders
     for r in runs:
@@ -211,9 +249,11 @@ def effects(runs, n_layer):
             primary = (m, a, b, where) == ('score_p', 'topic_ordered', 'shuffled', 'drope - kept')
             result.append({'measure': m, 'contrast': f'{attention} {a} - {b}, {where}', 'mean': mean, 'low': low,
                            'high': high, 'n': len(d), 'p': sign_flip_p(d), 'p_adjusted': None, 'primary': primary,
-                           'differences': d})
+                           'smallest': smallest_effect(len(d)) and smallest_effect(len(d)) * float(np.std(d, ddof=1)),
+                           'seeds': shared, 'differences': d})
             family += [] if primary else [result[-1]]
-        family = [e for e in family if e['n'] == max(f['n'] for f in family)]
+        most = max((e['seeds'] for e in family), key=len, default=())
+        family = [e for e in family if e['seeds'] == most]  # a flip must flip the same seeds in all of them
         if family:
             for e, p in zip(family, max_t(np.array([e['differences'] for e in family]).T)):
                 e['p_adjusted'] = p
@@ -226,7 +266,7 @@ def summarise(cfg, runs):
     """Write summary.json of the runs that are analysed, [(folder, config, length), ...]; returns it."""
     rows, references, a = [], [], None
     for folder, c, _ in runs:
-        if not done_in(folder, c):
+        if not done_in(cfg, folder, c):
             continue
         a = json.load(open(os.path.join(folder, 'analysis.json')))
         ref, mean, probe = a['references'], a['mean'], a['probe']
@@ -277,11 +317,35 @@ def table(summary):
 def effects_table(effects):
     """Paired differences as Markdown lines, the primary ones first."""
     show = lambda v, form='{:+.4f}': '—' if v is None else form.format(v)
-    lines = ['| Measure | Contrast | Difference | 95% interval | n | p (sign flip) | p (max-T) |', '|---' * 7 + '|']
+    lines = ['| Measure | Contrast | Difference | 95% interval | 80% power from | n | p (sign flip) | p (max-T) |',
+             '|---' * 8 + '|']
     for e in sorted(effects, key=lambda e: not e['primary']):
         interval = 'n=1: no interval' if e['low'] is None else f'[{e["low"]:+.4f}, {e["high"]:+.4f}]'
         lines.append(f'| {"**primary** " if e["primary"] else ""}{e["measure"]} | {e["contrast"]} | {show(e["mean"])} '
-                     f'| {interval} | {e["n"]} | {show(e["p"], "{:.3f}")} | {show(e["p_adjusted"], "{:.3f}")} |')
+                     f'| {interval} | {show(e["smallest"], "{:.4f}")} | {e["n"]} '
+                     f'| {show(e["p"], "{:.3f}")} | {show(e["p_adjusted"], "{:.3f}")} |')
+    return lines
+
+def verdict(summary):
+    """One sentence for each attention type: what the primary measure allows to be said, and no more."""
+    lines = []
+    for e in (e for e in summary['effects'] if e['primary']):
+        attention, n = e['contrast'].split()[0].upper(), e['n']
+        if n == 1:
+            lines.append(f'{attention}: one seed ({e["mean"]:+.4f}): no test, nothing can be concluded.')
+            continue
+        found = f'{e["mean"]:+.4f} [{e["low"]:+.4f}, {e["high"]:+.4f}], sign-flip p = {e["p"]:.3f}, n = {n}'
+        if e['p'] <= 0.05:
+            o = [o for o in summary['effects'] if (o['measure'], o['contrast']) == ('score_o', e['contrast'])]
+            agrees = o and (o[0]['p_adjusted'] or 1) <= 0.05 and o[0]['mean'] * e['mean'] > 0
+            lines.append(f'{attention}: topic order changes P under DroPE, beyond the kept control ({found}); ' + (
+                'O agrees, so it may be called topic.' if agrees else 'O does not show it, so it may be contiguity.'))
+        elif e['smallest'] is None:
+            lines.append(f'{attention}: no effect of order on P under DroPE is shown ({found}); with {n} seeds no p can '
+                         'be below 0.05, take six or more.')
+        else:
+            lines.append(f'{attention}: no effect of order on P under DroPE is shown ({found}); one of '
+                         f'{e["smallest"]:.4f} would have been found in four of five such experiments.')
     return lines
 
 def write_report(cfg, summary, figures):
@@ -303,17 +367,17 @@ def write_report(cfg, summary, figures):
         'segments.', '', '## Paired differences', '',
         'Primary, named beforehand: P, (topic - shuffled) under DroPE minus the same under kept RoPE. '
         + (f'The smallest p that {n} seeds can give is {2 / 2 ** n:.3g}.' if n > 1 else 'One seed allows no test.'), '',
+        *(line + '\n' for line in verdict(summary)),
         *effects_table(summary['effects']), '', '## Figures', '',
         *(f'![{os.path.basename(f)}]({os.path.relpath(f, cfg.out_dir)})\n' for f in figures)]
     shards.write_text(os.path.join(cfg.out_dir, 'summary.md'), '\n'.join(lines) + '\n')
 
 def publish_results(cfg):
     """Copy JSON and figures to results/<experiment>/, curves thinned to 200 points, maps of the first seed alone."""
-    target = os.path.join('results', os.path.basename(cfg.out_dir))
-    temporary = target + '.tmp'
-    shutil.rmtree(temporary, ignore_errors=True)
-    if os.path.exists(target):
-        shutil.copytree(target, temporary)                  # other arms may have been published before
+    target = published(cfg)
+    temporary, old = target + '.tmp', target + '.old'
+    for folder in (temporary, old):                         # what a kill left behind
+        shutil.rmtree(folder, ignore_errors=True)
     for folder, _, names in os.walk(cfg.out_dir):
         there = os.path.join(temporary, os.path.relpath(folder, cfg.out_dir))
         for name in names:
@@ -333,8 +397,10 @@ def publish_results(cfg):
                 shards.write_text(copy, json.dumps(a, allow_nan=False) + '\n')
             else:
                 shutil.copy(source, copy)
-    shutil.rmtree(target, ignore_errors=True)
+    if os.path.exists(target):
+        os.rename(target, old)
     os.rename(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)
     size = sum(os.path.getsize(os.path.join(f, n)) for f, _, names in os.walk(target) for n in names)
     print(f'published {target}, {size / 1e6:.1f} MB')
 
@@ -344,21 +410,45 @@ def clock_text(seconds):
     return f'{seconds / 60:.0f} min' if seconds > 90 else f'{seconds:.0f} s'
 
 def main(cfg):
-    plan = list(itertools.product(cfg.arms, cfg.seeds))
+    cfg.out_dir = os.path.normpath(cfg.out_dir)
+    for key in ('run', 'seed', 'order', 'cycles', 'cooldown', 'rope', 'n_kv_head', 'keep_rope', 'causal'):
+        if key in cfg.overrides:
+            raise SystemExit(f'run_experiment.py: {key} = {cfg.overrides[key]!r} is not for an experiment, which takes '
+                             f'arms and seeds (now {cfg.arms} and {cfg.seeds})')
+    if cfg.jobs < 1 or min(cfg.seeds) < 0 or min(cfg.recal_iters) <= 0:
+        raise SystemExit(f'run_experiment.py: jobs = {cfg.jobs} must be at least 1, seeds = {cfg.seeds} not negative '
+                         f'and recal_iters = {cfg.recal_iters} above 0')
+    train.check(cfg)
+    analyze.check(cfg)
+    plan = list(dict.fromkeys(itertools.product(cfg.arms, cfg.seeds)))
     runs = {pair: arm_runs(cfg, *pair) for pair in plan}
     everything = [run for pair in plan for run in runs[pair]]
-    todo = [pair for pair in plan if not all(done_in(*run[:2]) for run in runs[pair])]
+    todo = [pair for pair in plan if not all(done_in(cfg, *run[:2]) for run in runs[pair])]
     steps = {pair: sum(c['max_iters'] for _, c, _ in runs[pair]) for pair in plan}
     print(f'{cfg.out_dir}: {len(cfg.arms)} arms x {len(cfg.seeds)} seeds, {len(everything)} runs, '
           f'{sum(steps.values()):,} steps; to do: {len(todo)} of {len(plan)} arms')
     if cfg.dry_run:
         for folder, c, _ in everything:
-            print(f'  {"done " if done_in(folder, c) else "to do"}  {c["max_iters"]:>7,} steps  {folder}')
+            print(f'  {"done " if done_in(cfg, folder, c) else "to do"}  {c["max_iters"]:>7,} steps  {folder}')
         row = cfg.block_size + 1                            # 2 bytes a token, 1 a label, 2 a topic of the posterior
         data = len(cfg.seeds) * row * ((cfg.train_rows + cfg.val_rows) * 3 + cfg.val_rows * cfg.n_topics * 2)
         checkpoints = sum(disk_gib(c) for _, c, _ in everything)
         print(f'disk: {checkpoints:.2f} GiB of checkpoints, {data / 2**30:.2f} GiB of data')
         return
+
+    # ---- what was published is read like the rest; what is published must not be lost
+    for folder, c, _ in everything:
+        place = done_in(cfg, folder, c)
+        if place not in (None, folder):
+            train.open_run(folder, c)                       # stops where a run with other settings is
+            for name in (n for n in os.listdir(place) if n.endswith(('.json', '.jsonl'))):
+                shutil.copy(os.path.join(place, name), os.path.join(folder, name))
+    if cfg.publish:
+        planned = {os.path.join(published(cfg, folder), 'analysis.json') for folder, _, _ in everything}
+        others = set(glob.glob(os.path.join(published(cfg), '**', 'analysis.json'), recursive=True)) - planned
+        if others:
+            raise SystemExit(f'{min(others)}: published before and not in this plan, whose summary would leave it out; '
+                             'add its arm and seed, or delete it')
 
     # ---- data, then every arm
     for seed in sorted({seed for _, seed in todo}):
@@ -373,19 +463,13 @@ def main(cfg):
             spent = time.time() - clock
             print(f'[{clock_text(spent)}] {arm} seed {seed} is done; about '
                   f'{clock_text(spent * (total / finished - 1))} left for the rest', flush=True)
-    for folder, c, _ in everything:                         # what was published is read like the rest
-        place = done_in(folder, c)
-        if place != folder:
-            os.makedirs(folder, exist_ok=True)
-            for name in (n for n in os.listdir(place) if n.endswith(('.json', '.jsonl'))):
-                shutil.copy(os.path.join(place, name), os.path.join(folder, name))
-
     # ---- the report
     summary = summarise(cfg, everything)
     figures = plot.main(SimpleNamespace(**{k: getattr(cfg, k) for k in block('plot.py')}, paths=[cfg.out_dir]))
     write_report(cfg, summary, figures)
     print('\n'.join(table(summary)))
     print('\n'.join(effects_table([e for e in summary['effects'] if 'drope - kept' in e['contrast']])))
+    print('\n'.join(verdict(summary)))
     print(f'report and figures: {cfg.out_dir}/summary.md, {cfg.out_dir}/figures/')
     if cfg.publish:
         publish_results(cfg)

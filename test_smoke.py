@@ -1,5 +1,4 @@
 """The real scripts, tiny, as a person would type them; and what they say to bad input."""
-import ast
 import glob
 import json
 import os
@@ -10,9 +9,10 @@ import pytest
 import torch
 from scipy import stats
 
+import shards
 from configurator import SCRIPTS, block, configure
-from run_experiment import effects, max_t, sign_flip_p, t_interval
-from test_train import TINY, dataset, run                      # noqa: F401 (dataset is a fixture)
+from run_experiment import effects, max_t, sign_flip_p, smallest_effect, t_interval
+from test_train import HERE, TINY, dataset, run                      # noqa: F401 (dataset is a fixture)
 
 EXPERIMENT = """
 data_dir, out_dir = 'data/tiny', 'out/tiny'
@@ -30,7 +30,7 @@ null_draws, analysis_rows = 20, 24
 def workspace(tmp_path_factory):
     """A copy of the scripts, as a checkout, with one experiment run in it."""
     here = str(tmp_path_factory.mktemp('checkout'))
-    for path in glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), '*.py')):
+    for path in glob.glob(os.path.join(HERE, '*.py')):
         shutil.copy(path, here)
     open(os.path.join(here, 'tiny.py'), 'w').write(EXPERIMENT)
     done = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--publish=True', cwd=here)
@@ -98,7 +98,13 @@ def test_interval_and_sign_flips():
     assert (low, high) == pytest.approx((reference.low, reference.high)) and mean == pytest.approx(x.mean())
     reference = stats.permutation_test((x,), np.mean, permutation_type='samples', n_resamples=np.inf)
     assert sign_flip_p(x) == pytest.approx(reference.pvalue)
-    assert sign_flip_p([1, 2, 3, 4, 5, 6]) == 2 / 64 and sign_flip_p([1]) is None and t_interval([2.0]) == (2, None, None)
+    assert sign_flip_p([1, 2, 3, 4, 5, 6]) == 2 / 64 and sign_flip_p([1]) is None
+    assert t_interval([2.0]) == (2, None, None)
+
+def test_smallest_effect():
+    # six seeds must all agree in sign: Phi(d)^6 = 0.8, so d = 1.79
+    assert smallest_effect(6) == pytest.approx(1.79, abs=0.06)
+    assert smallest_effect(8) < 1.35 and smallest_effect(5) is None
 
 def test_max_t():
     rng = np.random.default_rng(0)
@@ -119,7 +125,8 @@ def test_effects_are_paired_by_seed():
                 ('topic_ordered', 'drope', 10 * seed + 2 + seed), ('topic_ordered', 'kept', 5 * seed + 1))]
     found = {(e['measure'], e['contrast']): e for e in effects(runs, n_layer=4)}
     primary = found['score_p', 'mha topic_ordered - shuffled, drope - kept']
-    assert primary['differences'] == [1, 2] and primary['primary'] and primary['p'] == 0.5 and primary['p_adjusted'] is None
+    assert primary['differences'] == [1, 2] and primary['primary']
+    assert primary['p'] == 0.5 and primary['p_adjusted'] is None
     assert found['score_p', 'mha topic_ordered - shuffled, drope']['differences'] == [2, 3]
     assert not any(m == 'score_o' for m, _ in found) and sum(e['primary'] for e in found.values()) == 1
 
@@ -131,6 +138,7 @@ def test_files_before_flags_and_derived_values(tmp_path):
     path.write_text('_half = 128\nn_embd = 2 * _half\nconcentration = 7\nmax_iters = 5\nrecal_iters = 0.1\n')
     cfg = configure('train.py', ['--max_iters=9', str(path), '--compile=false', '--n_kv_head=none', '--run=123'])
     assert (cfg.n_embd, cfg.max_iters, cfg.compile, cfg.n_kv_head, cfg.run) == (256, 9, False, None, '123')
+    assert configure('run_experiment.py', ['--arms=a,b', '--seeds=3']).arms == ('a', 'b')
     cfg = configure('drope.py', [str(path), '--recal_lr_scale=1'])
     assert cfg.recal_iters == (0.1,) and type(cfg.recal_lr_scale) is float and not hasattr(cfg, 'n_embd')
 
@@ -142,9 +150,8 @@ def test_scripts_share_their_defaults():
             assert seen.setdefault(key, default) == default, f'{key} in {script}'
 
 def test_every_config_file_is_valid():
-    here = os.path.dirname(os.path.abspath(__file__))
-    for path in glob.glob(os.path.join(here, 'config', '*.py')):
-        assert configure('run_experiment.py', [path], stages=SCRIPTS).config_file == path
+    for path in glob.glob(os.path.join(HERE, 'config', '*.py')):
+        assert configure('run_experiment.py', [path], stages=SCRIPTS).overrides
 
 def test_help_prints_the_block():
     done = run('train.py', '-h')
@@ -172,14 +179,27 @@ def test_bad_config_file(tmp_path, source, words):
     (['--max_iters=many'], ('max_iters', "'many'", 'int')),
     (['--chain=group'], ("'chain'",)),                                    # a key of another script
     (['--max_iters'], ('--max_iters=value',)),
+    (['--n_kv_head=0'], ('n_kv_head = 0',)),
     (['max_iters=5'], ('max_iters=5',)),
     (['config/nothing.py'], ('config/nothing.py',)),
     (['--data_dir=nowhere'], ('nowhere', 'data_synth.py')),
     (['--order=sorted'], ('sorted', 'pseudo')),
     (['--device=cuda'], ('cuda',)),
-    (['--dtype=half'], ('half', 'bfloat16'))))
-def test_bad_flags(args, words):
+    (['--dtype=half'], ('half', 'bfloat16')),
+    (['config/demo.py', '--data_dir=DATASET'], ('n_topics = 3', '4'))))
+def test_bad_flags(args, words, dataset):
+    args = [arg.replace('config/demo', HERE + '/config/demo').replace('DATASET', dataset) for arg in args]
     refuses(run('train.py', *args), *words)
+
+@pytest.mark.parametrize('args, words', (
+    (['--seed=3'], ('seed = 3', 'seeds')),
+    (['--arms=mha_sorted'], ('mha_sorted', 'topic_ordered')),
+    (['--arms=3'], ('arms = 3', 'str')),
+    (['--seeds=a'], ('seeds', 'int')),
+    (['--recal_iters=0'], ('recal_iters',)),
+    (['--null_draws=0'], ('null_draws = 0',))))
+def test_bad_experiments(args, words):
+    refuses(run('run_experiment.py', *args), *words)
 
 def test_bad_runs(dataset, tmp_path):
     good, out = [*TINY, f'--data_dir={dataset}', '--max_iters=4'], str(tmp_path / 'out')
@@ -204,17 +224,30 @@ def test_bad_runs(dataset, tmp_path):
     refuses(run('drope.py', f'--run={out}'), 'ckpt.pt', 'not one of ours')
     os.remove(f'{out}/ckpt.pt')
     refuses(run('analyze.py', f'--run={out}'), 'ckpt.pt', 'no checkpoint')
+    open(f'{out}/config.json', 'w').write('{"hidden_size": 16}')
+    refuses(run('drope.py', f'--run={out}'), 'config.json', 'not of one of our runs')
 
-def test_divergence_and_memory_stop_with_one_line(dataset, tmp_path):
+def test_rows_of_one_topic(tmp_path):
+    """Labels that never change inside a row leave P and O undefined: null in JSON, a dash on the screen."""
+    rng = np.random.default_rng(0)
+    tokens, topics = rng.integers(0, 20, (40, 33)), np.repeat(rng.integers(0, 3, (40, 1)), 33, axis=1)
+    shards.write(f'{tmp_path}/data', dict(train=tokens, train_topics=topics, val=tokens, val_topics=topics),
+                 dict(vocab_size=20, block_size=32, n_topics=3))
+    run('train.py', *TINY, f'--data_dir={tmp_path}/data', '--max_iters=4', f'--run={tmp_path}/run')
+    done = run('analyze.py', f'--run={tmp_path}/run')
+    assert done.returncode == 0 and 'P —, O —' in done.stdout, done.stdout + done.stderr
+    assert load(f'{tmp_path}/run/analysis.json')['references']['filter'] is None
+
+def test_divergence_memory_and_compile_stop_with_one_line(dataset, tmp_path):
     good = [*TINY, f'--data_dir={dataset}', '--eval_interval=5']
     done = run('train.py', *good, '--max_iters=40', '--muon_lr=1e30', f'--run={tmp_path}/a')
     refuses(done, 'loss is', 'step', '--muon_lr')
     done = run('train.py', *good, '--max_iters=4', '--mlp_hidden=400000000000', f'--run={tmp_path}/b')
     refuses(done, 'out of memory', '--grad_accum')
+    compiler = {'CXX': '/nonexistent', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
+    done = run('train.py', *good, '--max_iters=4', '--compile=True', f'--run={tmp_path}/c', env=compiler)
+    refuses(done, 'torch.compile failed', '--compile=False')
 
 def test_no_file_is_wide():
-    here = os.path.dirname(os.path.abspath(__file__))
-    for path in glob.glob(os.path.join(here, '*.py')):
-        source = open(path).read()
-        ast.parse(source)
-        assert max(map(len, source.splitlines())) <= 120, path
+    for path in glob.glob(os.path.join(HERE, '*.py')):
+        assert max(map(len, open(path).read().splitlines())) <= 120, path

@@ -20,10 +20,10 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--head_dim=8', '--mlp_hidde
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
-def run(script, *args, cwd=None):
+def run(script, *args, cwd=None, env={}):
     """A script as a person would run it, on one CPU thread."""
     script = script if cwd else os.path.join(HERE, script)
-    return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, env=ENV, cwd=cwd)
+    return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, env=ENV | env, cwd=cwd)
 
 @pytest.fixture(scope='session')
 def dataset(tmp_path_factory):

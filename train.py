@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import shards
 from configurator import block, configure
-from model import build, load_weights, read_checkpoint
+from model import build, load_weights, read_checkpoint, read_config
 
 # -----------------------------------------------------------------------------
 # config
@@ -167,7 +167,7 @@ def lr_scale(step, max_iters, warmup_iters):
 # -----------------------------------------------------------------------------
 # a run: its folder, its machine
 
-IDENTITY_FREE = {'data_dir', 'out_dir', 'run', 'parent', 'device', 'dtype', 'compile', 'grad_accum'}
+IDENTITY_FREE = {'data_dir', 'out_dir', 'run', 'parent', 'device', 'compile', 'grad_accum'}
 
 def differences(config, there):
     """The keys, sorted, in which two configs describe different runs; where and how fast they ran does not matter."""
@@ -180,10 +180,7 @@ def open_run(folder, config):
         return dist.barrier()                               # the first process does it
     path = os.path.join(folder, 'config.json')
     if os.path.exists(path):
-        try:
-            there = json.load(open(path))
-        except ValueError:
-            raise SystemExit(f'{path}: not JSON; delete {folder} and train again') from None
+        there = read_config(folder)
         differ = differences(config, there)
         if differ:
             k = differ[0]
@@ -225,17 +222,19 @@ def versions(device):
     return {'device': name, 'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                                          'numpy': np.__version__}}
 
+RAISE_GRAD_ACCUM = ('a higher --grad_accum (now {grad_accum}, of batch_size = {batch_size}) needs less for a step, '
+                    'does the same and resumes the run')
+
 @contextlib.contextmanager
-def memory_errors(config):
-    """Out of memory, on the GPU or in RAM, as one line."""
+def memory_errors(hint):
+    """Out of memory, on the GPU or in RAM, as one line that ends with what to do."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and 'memory' not in str(e):
+    except (MemoryError, RuntimeError) as e:                # torch.OutOfMemoryError is a RuntimeError
+        said = any(words in str(e) for words in ('out of memory', 'not enough memory', "can't allocate memory"))
+        if not said and not isinstance(e, (torch.OutOfMemoryError, MemoryError)):
             raise
-        accum = config['grad_accum']
-        raise SystemExit(f'out of memory at batch_size = {config["batch_size"]}, grad_accum = {accum}: '
-                         f'--grad_accum={2 * accum} halves what a step needs, and resumes the run') from None
+        raise SystemExit(f'out of memory: {hint}') from None
 
 # -----------------------------------------------------------------------------
 # the training loop, for train.py and drope.py alike
@@ -350,16 +349,9 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
             adamw.param_groups[0]['lr'] = c['adam_lr'] * scale
             for batch in batches[step, :, rank]:
                 x = train[batch].long()                                                  # [micro, block_size + 1]
-                try:
-                    with autocast:
-                        loss = loss_of(x[:, :-1], x[:, 1:]) / (c['grad_accum'] * world)
-                    loss.backward()
-                except Exception as e:
-                    if compile and type(e).__module__.startswith(('torch._dynamo', 'torch._inductor')):
-                        line = str(e).strip().splitlines()[0]
-                        raise SystemExit(f'torch.compile failed ({type(e).__name__}: {line}); go on with '
-                                         '--compile=False') from None
-                    raise
+                with autocast:
+                    loss = loss_of(x[:, :-1], x[:, 1:]) / (c['grad_accum'] * world)
+                loss.backward()
                 loss_sum += loss.detach()
             if world > 1:
                 for p in model.parameters():
@@ -370,6 +362,11 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
             adamw.step()
             model.zero_grad(set_to_none=True)
             bar.update()
+    except Exception as e:
+        if type(e).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+            line = str(e).strip().splitlines()[0]
+            raise SystemExit(f'torch.compile failed ({type(e).__name__}: {line}); go on with --compile=False') from None
+        raise
     except KeyboardInterrupt:
         raise SystemExit(f'\n{folder}: stopped at step {step}; the same command resumes from the last checkpoint'
                          ) from None
@@ -402,18 +399,28 @@ def resolve(cfg, meta):
     c = {**shards.parameters(meta), **c}
     return {**c, 'condition': condition(c), 'parent': None, 'recal_steps': None, 'keep_rope': None}
 
-def main(cfg):
+def check(cfg):
+    """Stops with one line at the first setting that can't work."""
     if cfg.order not in ('shuffled', 'topic', 'pseudo'):
         raise SystemExit(f'order = {cfg.order}: shuffled, topic or pseudo')
-    if min(cfg.cycles, cfg.max_iters, cfg.batch_size, cfg.grad_accum, cfg.log_interval, cfg.eval_interval) < 1 \
-            or not 0 <= cfg.cooldown <= 1:
-        raise SystemExit('cycles, max_iters, batch_size, grad_accum, log_interval and eval_interval must be at least '
-                         '1, cooldown between 0 and 1')
+    for key in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'mlp_hidden', 'batch_size', 'grad_accum',
+                'max_iters', 'cycles', 'eval_interval', 'eval_rows', 'log_interval'):
+        if getattr(cfg, key) is not None and getattr(cfg, key) < 1:
+            raise SystemExit(f'{key} = {getattr(cfg, key)}: must be at least 1')
+    if cfg.seed < 0 or cfg.warmup_iters < 0 or not 0 <= cfg.cooldown <= 1:
+        raise SystemExit('seed and warmup_iters must not be negative, cooldown is between 0 and 1')
+
+def main(cfg):
+    check(cfg)
     device, dtype, compile = machine(cfg.device, cfg.dtype, cfg.compile)
     data = shards.read(data_folder(cfg.data_dir, cfg.seed))
+    for key, value in getattr(cfg, 'overrides', {}).items():
+        if key not in block(__file__) and data.meta.get(key, value) != value:
+            raise SystemExit(f'{cfg.data_dir}: was built with {key} = {data.meta[key]!r}, the config says {value!r}; '
+                             'make it again with data_synth.py, or choose another data_dir')
     c = resolve(cfg, data.meta)
     folder = cfg.run or os.path.join(cfg.out_dir, c['condition'], f'seed{c["seed"]}')
-    with memory_errors(c):
+    with memory_errors(RAISE_GRAD_ACCUM.format(**c)):
         model = build(c, torch.Generator().manual_seed(c['seed'])).to(device)
         cooldown_rows = round(c['cooldown'] * c['max_iters']) * c['batch_size']
         rows = row_order(dominant_topic(data.train_topics, c['n_topics']), c['max_iters'] * c['batch_size'],
