@@ -147,8 +147,8 @@ def run_together(cfg, todo, runs):
             for process in [p for p in running if p.exitcode is not None]:
                 running.remove(process)
                 if process.exitcode < 0:                    # else it has said itself what was wrong
-                    print(f'{cfg.out_dir}: an arm was killed by signal {-process.exitcode}, perhaps for lack of memory; '
-                          'try a lower --jobs', file=sys.stderr)
+                    print(f'{cfg.out_dir}: an arm was killed by signal {-process.exitcode}, perhaps for lack of '
+                          'memory; try a lower --jobs', file=sys.stderr)
                 if process.exitcode:
                     raise SystemExit(1)
     finally:
@@ -341,8 +341,8 @@ def verdict(summary):
             lines.append(f'{attention}: topic order changes P under DroPE, beyond the kept control ({found}); ' + (
                 'O agrees, so it may be called topic.' if agrees else 'O does not show it, so it may be contiguity.'))
         elif e['smallest'] is None:
-            lines.append(f'{attention}: no effect of order on P under DroPE is shown ({found}); with {n} seeds no p can '
-                         'be below 0.05, take six or more.')
+            lines.append(f'{attention}: no effect of order on P under DroPE is shown ({found}); with {n} seeds no p '
+                         'can be below 0.05, take six or more.')
         else:
             lines.append(f'{attention}: no effect of order on P under DroPE is shown ({found}); one of '
                          f'{e["smallest"]:.4f} would have been found in four of five such experiments.')

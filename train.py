@@ -8,6 +8,7 @@ Train one condition: the same rows, shuffled or topic by topic.
 Writes config.json, log.jsonl and ckpt.pt into out_dir/<condition>/seed<k>/. The same command resumes a stopped run.
 The defaults are Run 1 of the log, MHA shuffled.
 """
+import atexit
 import contextlib
 import json
 import math
@@ -213,7 +214,9 @@ def machine(device, dtype='', compile=None):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if 'RANK' in os.environ and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        cuda = device.type == 'cuda'
+        dist.init_process_group('nccl' if cuda else 'gloo', device_id=device if cuda else None)
+        atexit.register(dist.destroy_process_group)
     return device, dtype, device.type == 'cuda' if compile is None else compile
 
 def versions(device):
