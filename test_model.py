@@ -24,7 +24,7 @@ def tiny(shape='mha', rope=True, seed=0, T=64):
 
 def hugging_face(model, shape, rope):
     """Qwen3ForCausalLM of transformers with the same weights, under the same names."""
-    transformers = pytest.importorskip('transformers')
+    import transformers                                     # slow to import, and only needed here
     n_head, n_kv_head, n_embd, head_dim, theta = SHAPES[shape]
     # a RoPE-free model is stock Qwen3 whose angles are divided by 1e30: cos = 1, sin = 0
     scaling = {'rope_type': 'default'} if rope else {'rope_type': 'linear', 'factor': 1e30}

@@ -261,7 +261,8 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
     Train `model` through `rows`, leaving config.json, log.jsonl and ckpt.pt in `folder`; resumes from a ckpt.pt there.
 
     c: the run's config as a dict. rows: int64 [max_iters * batch_size], rows of data.train in order (`row_order`).
-    data: shards.read(...). Returns the last validation loss in nats, or None if the run was already finished.
+    data: shards.read(...). Returns the last validation loss in nats; None where the run was finished
+    already, and in all processes but the first.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     micro, rest = divmod(c['batch_size'], c['grad_accum'] * world)
@@ -377,7 +378,7 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
         bar.close()
         if log:
             log.close()
-    return val_loss
+    return val_loss if rank == 0 else None
 
 def save_checkpoint(path, ckpt):
     """Atomic: a kill leaves the old checkpoint or the new one."""
