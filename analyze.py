@@ -19,13 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 import measures
 import shards
 from configurator import configure
 from model import build, load_weights, read_checkpoint, read_config
-from train import data_folder, machine, memory_errors, versions
+from train import data_folder, machine, memory_errors, progress, versions
 
 # -----------------------------------------------------------------------------
 # config
@@ -112,7 +111,7 @@ def main(cfg):
     # ---- the log's columns, for comparison
     if not cfg.causal:
         parts = [[measures.unmasked_measures(pattern, z[b]) for _, pattern in model.trace(tokens[b], causal=False)
-                  if pattern is not None] for b in tqdm(batches, desc='unmasked', unit='batch', disable=None)]
+                  if pattern is not None] for b in progress(batches, desc='unmasked', unit='batch')]
         mean = {k: torch.cat([torch.stack([layer[k] for layer in p]) for p in parts], 1).mean().item()
                 for k in ('entropy', 'within_all')}
         result = {'causal': False, 'mean': tidy(mean), 'uniform': tidy(measures.uniform_measures(z, causal=False))}
@@ -127,7 +126,7 @@ def main(cfg):
     sums = [[None] * L, [None] * L]
     activations = [[[], []] for _ in range(L + 1)]
     with memory_errors('analyse on a device with more of it, such as --device=cpu'):
-        for b in tqdm(batches, desc=f'analyse {os.path.relpath(cfg.run)}', unit='batch', disable=None, leave=False):
+        for b in progress(batches, desc=f'analyse {os.path.relpath(cfg.run)}', unit='batch', leave=False):
             half = sums[b.start >= n_rows // 2]
             for layer, (hidden, pattern) in enumerate(model.trace(tokens[b])):
                 flat = hidden.flatten(0, 1)                                                # [rows * T, n_embd]
@@ -163,7 +162,7 @@ def main(cfg):
         guess = measures.probe(np.concatenate(x[0]), y[train_at], np.concatenate(x[1]), seed=c['seed'])
         return guess == y[test_at]
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        correct = list(tqdm(pool.map(fit, activations), 'probes', L + 1, unit='layer', disable=None, leave=False))
+        correct = list(progress(pool.map(fit, activations), 'probes', L + 1, unit='layer', leave=False))
     by_distance = [measures.by_distance(k, distance) for k in correct]
     probe = {'accuracy': [k.mean() for k in correct], 'train_tokens': len(train_at), 'test_tokens': len(test_at),
              'majority': measures.majority(y[train_at], y[test_at]), 'ceiling': None, 'ceiling_by_distance': None,

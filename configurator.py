@@ -132,7 +132,7 @@ def configure(script, argv=None, positional=False, stages=()):
         if key not in keys:
             unknown(key, keys, where)
         if not eq:
-            raise SystemExit(f'{where}: write --{key}=value')
+            raise SystemExit(f'{where}: write --{key}={"True" if keys[key][1] is bool else "value"}')
         value = parse(text)
         if keys[key][1] is str or (keys[key][1] == typing.Optional[str] and value is not None):
             value = text                                  # --run=123 names a folder, not a number

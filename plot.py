@@ -31,12 +31,14 @@ MEASURES = {'score_p': ('score P', 'log ratio'), 'score_o': ('score O', 'log rat
 GREY, BAR = '#666666', dict(aspect=30, fraction=.03, pad=.015)  # BAR: a slim colour bar
 CAPTIONS = {
     'loss': ('Loss', 'Bold: validation. Faint: training, first seed. Dashed: RoPE kept, dotted: dropped.'),
-    'order': ('Order of the training rows', 'Share of each dominant topic (a colour) in the rows, first seed.'),
+    'order': ('Order of the training rows', 'Share of each dominant topic (a colour) in the rows, first seed. The '
+              'last epoch is cut to what the steps need.'),
     'scores_p': ('Score P of every head', '0: position alone decides. Above: same topic or segment attracts.'),
     'maps': ('The most and the least topical head', 'One validation row, first seed. Strips: topics of queries '
              '(left) and keys (below). L2H1: layer 2, head 1, from 0; P on the rows that chose it.'),
-    'probe': ('Topic in the residual stream', 'Linear probe. Token: from the token alone, ceiling: Bayes.'),
-    'distance': ('How soon the topic is known', 'Linear probe after the last layer. Ceiling: Bayes filter.'),
+    'probe': ('Topic in the residual stream', 'Linear probe. Token: from the token alone. Bayes filter: the ceiling.'),
+    'distance': ('How soon the topic is known', 'Linear probe after the last layer. The Bayes filter, best overall, '
+                 'still expects the old topic right after a boundary.'),
     'spectra': ('Singular values over the largest', 'Mean over heads. Solid: RoPE, dotted: DroPE.'),
     'effects': ('Paired effects of the order', 'Bars: 95% interval, p: sign flips, unadjusted. Shaded: main.'),
     'compare': ('Side by side', 'Upper half: arms, small: seeds. Lower half: paired differences, 95% '
@@ -205,7 +207,8 @@ def plot_scores_p(cfg, exp, runs):
     grids, stages = {k: mean(g) for k, g in grids.items()}, present(runs, 'stage')
     arms = [(a, o) for a in present(runs, 'attn') for o in present(pick(runs, attn=a), 'order')]
     L, H = next(iter(grids.values())).shape
-    v = np.nanpercentile(np.abs([*grids.values()]), 99) or 1  # one extreme head should not pale the others
+    # one extreme head should not pale the others; below 0.1 it is all noise, and should look it
+    v = max(.1, np.nanpercentile(np.abs([*grids.values()]), 99))
     fig, axes = canvas(cfg, exp, 'scores_p', len(arms), len(stages), np.clip(.47 + .24 * L, 1.3, 2.4))
     for ax, (a, o, s) in fill(axes, [(*arm, s) for arm in arms for s in stages], grids):
         g = grids[a, o, s]
@@ -249,7 +252,7 @@ def plot_maps(cfg, exp, runs):
         ax.axis('off')
         if (w, s) == columns[0]:
             side_name(ax, plain(f'{runs[0]["attn"]} {o}'), exp['colour'][o])
-    fig.colorbar(image, ax=axes, label=f'attention (colour: its power {cfg.map_gamma:g})', extend='max', **BAR)
+    fig.colorbar(image, ax=axes, label=f'attention (colour scale: power {cfg.map_gamma:g})', extend='max', **BAR)
     return save(fig, cfg, exp, 'maps')
 
 def plot_probe(cfg, exp, runs, name='probe'):
@@ -262,7 +265,8 @@ def plot_probe(cfg, exp, runs, name='probe'):
     for ax, (attn, stage) in fill(axes, [(a, s) for a in attns for s in stages],
                                   {(r['attn'], r['stage']) for r in runs}):
         group, ends = pick(runs, attn=attn, stage=stage), []
-        lines = [(k.split('_')[0], GREY, [r['ana']['probe'].get(k) for r in group]) for k in refs]
+        lines = [('Bayes filter' if 'ceiling' in k else k, GREY, [r['ana']['probe'].get(k) for r in group])
+                 for k in refs]
         lines += [(o, exp['colour'][o], [get(r['ana']['probe']) for r in pick(group, order=o)])
                   for o in present(group, 'order')]
         for label, c, y in (line for line in lines if line[2][0] is not None):
@@ -301,6 +305,10 @@ def plot_spectra(cfg, exp, runs):
     fig.colorbar(image, ax=axes, label='layer', ticks=range(L), **BAR)
     return save(fig, cfg, exp, 'spectra')
 
+def contrast_colour(name):
+    """Of a paired difference: the first arm's, dark where the second is not shuffled."""
+    return ORDERS['pseudo' if 'pseudo -' in name else 'topic_ordered'] if name.endswith('shuffled') else '#333333'
+
 def plot_effects(cfg, exp, effects):
     effects = {(e['measure'], *e['contrast'].rsplit(', ', 1)): e for e in effects}
     rows = [(g, w) for g in dict.fromkeys(k[1] for k in effects) for w in ('', *STAGES, 'drope - kept')
@@ -311,7 +319,7 @@ def plot_effects(cfg, exp, effects):
     for ax, m in fill(axes, measures, measures):
         ax.axvline(0, color=GREY, lw=.8)
         for y, (group, what) in ((y, r) for y, r in enumerate(rows) if (m, *r) in effects):
-            e, c = effects[m, group, what], ORDERS['pseudo' if 'pseudo' in group else 'topic_ordered']
+            e, c = effects[m, group, what], contrast_colour(group)
             ax.plot(e['mean'], y, 'D' if ' - ' in what else 'o', color=c, ms=5.5)
             if e['low'] is not None:
                 ax.plot([e['low'], e['high']], [y, y], color=c, lw=1.6)
@@ -346,7 +354,7 @@ def plot_compare(cfg, a, b):
         for (i, attn, arm, stage), y in ((k, np.array(y, float)) for k, y in points.items() if k[3] in ticks):
             peers = [*dict.fromkeys(k[1:3] for k in points if k[0] == i)]
             x = ticks.index(stage) + .6 * ((peers.index((attn, arm)) + .5) / len(peers) - .5)
-            c = exp['colour'].get(arm) or ORDERS['pseudo' if 'pseudo' in arm else 'topic_ordered']
+            c = exp['colour'].get(arm) or contrast_colour(arm)
             col[i].plot([x] * len(y), y, '.' if i < 3 else '-', color=c, ms=4, alpha=.5)
             style = dict(marker='s' if attn == 'gqa' else 'o', color=c, ms=5, mfc=c if i < 3 else 'white', ls='')
             names.setdefault(plain(arm), *col[i].plot(x, mean(y) if i < 3 else y[0], **style))

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import time
@@ -225,6 +226,10 @@ def versions(device):
     return {'device': name, 'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                                          'numpy': np.__version__}}
 
+def progress(*args, hidden=False, **kwargs):
+    """A progress bar on a terminal; none in the children of an experiment, which shows one for all of them."""
+    return tqdm(*args, disable=True if hidden or multiprocessing.parent_process() else None, **kwargs)
+
 RAISE_GRAD_ACCUM = ('a higher --grad_accum (now {grad_accum}, of batch_size = {batch_size}) needs less for a step, '
                     'does the same and resumes the run')
 
@@ -310,7 +315,7 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
     log = open(log_path, 'a') if rank == 0 else None
     before = lines[-1].get('seconds', 0.0) if lines else 0.0
     name = os.path.basename(os.path.dirname(folder)) or folder
-    bar = tqdm(total=max_iters, initial=start, desc=name, unit='step', disable=None if rank == 0 else True)
+    bar = progress(total=max_iters, initial=start, desc=name, unit='step', hidden=rank > 0)
     diverged = (f'{folder}: {{}} is {{}} at step {{}}; the last checkpoint is kept. Try a lower --muon_lr or --adam_lr '
                 f'(now {c["muon_lr"]}, {c["adam_lr"]}) in a new run folder')
     loss_sum, logged, val_loss, clock = torch.zeros((), device=device), start, None, time.time()
@@ -338,6 +343,8 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
                     log.flush()
                     shown = {'loss': f'{loss:.4f}', 'tok/s': f'{tok_s:,.0f}'}
                     bar.set_postfix(shown | ({'val': f'{val_loss:.4f}'} if evaluating else {}))
+                    if bar.disable and evaluating:          # no terminal: a line now and then
+                        print(f'{folder}: step {step} of {max_iters}, val loss {val_loss:.4f}', flush=True)
                     if evaluating and step > start:
                         save_checkpoint(ckpt_path, {
                             'model': model.state_dict(), 'step': step, 'rows': shards.digest(rows),
