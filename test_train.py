@@ -150,25 +150,28 @@ def losses(folder):
 
 def test_two_processes_and_micro_batches_match_one(dataset, tmp_path):
     """
-    Two gloo processes and one, at the same global batch. They are compared where the gradients are summed in the same
-    order (one process with two micro-batches), losses and weights; with the whole batch in one product the losses of
-    the first steps agree too. Later rounding shows: Muon makes all directions of a gradient equally large, also those
-    that hold next to nothing, and in bf16, so 1e-7 in a sum has moved a matrix by 1% after 20 steps.
+    Two gloo processes against one, at equal global batch: losses of 20 steps within 1e-4, weights within 1e-3. At full
+    rates that holds where the gradients are summed in the same order, as one process with two micro-batches does; with
+    the whole batch in one product it holds at a low Muon rate only. Muon makes all directions of a gradient equally
+    large, also those that hold next to nothing, and in bf16: 1e-7 in a sum moves a matrix by 1% in 20 full-rate steps.
     """
     args = [*TINY, '--n_head=4', '--n_embd=64', '--head_dim=16', '--mlp_hidden=176', '--batch_size=32',
             '--max_iters=20', f'--data_dir={dataset}', '--order=topic']
     torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
-    for name, launcher, extra in (('one', [], []), ('two', torchrun, []), ('halves', [], ['--grad_accum=2'])):
+    slow = ['--muon_lr=0.0005']
+    for name, launcher, extra in (('two', torchrun, []), ('halves', [], ['--grad_accum=2']),
+                                  ('slow two', torchrun, slow), ('slow one', [], slow)):
         done = subprocess.run([sys.executable, *launcher, os.path.join(HERE, 'train.py'), *args, *extra,
                                f'--out_dir={tmp_path}/{name}'], env=ENV, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     folder = lambda name: f'{tmp_path}/{name}/mha_topic_ordered_rope/seed0'
-    one, two, halves = (losses(folder(name)) for name in ('one', 'two', 'halves'))
-    assert len(one) == 21 and np.ptp(one[1:, 0]) > 0.01
-    assert abs(two - halves).max() < 1e-4
-    assert abs(two - one)[:8].max() < 1e-4
-    a, b = weights(folder('two')), weights(folder('halves'))
-    assert all((a[k] - b[k]).norm() / b[k].norm() < 1e-3 for k in b)
+    for two, one in (('two', 'halves'), ('slow two', 'slow one')):
+        x, y = losses(folder(two)), losses(folder(one))
+        assert len(x) == 21 and np.ptp(x[1:, 0]) > 0.01            # it is learning
+        a, b = weights(folder(two)), weights(folder(one))
+        worst = max(float((a[k] - b[k]).norm() / b[k].norm()) for k in b)
+        print(two, one, abs(x - y).max(), worst)
+        assert abs(x - y).max() < 1e-4 and worst < 1e-3
 
 # -----------------------------------------------------------------------------
 # DroPE
