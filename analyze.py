@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 import measures
 import shards
 from configurator import configure
-from model import build, load_weights, read_checkpoint, read_config
+from model import build, load_weights, read_config, read_finished
 from train import data_folder, machine, memory_errors, progress, versions
 
 # -----------------------------------------------------------------------------
@@ -95,9 +95,7 @@ def main(cfg):
         raise SystemExit('analyze.py: --run=FOLDER, the trained run to analyse')
     clock = time.time()
     c = read_config(cfg.run)
-    ckpt = read_checkpoint(cfg.run)
-    if ckpt['step'] < c['max_iters']:
-        raise SystemExit(f'{cfg.run}: stopped at step {ckpt["step"]} of {c["max_iters"]}; finish it first')
+    ckpt = read_finished(cfg.run, c)
     device, _, _ = machine(cfg.device)
     data = shards.read(data_folder(c['data_dir'], c['seed']))
     n_rows, T, L, H = min(cfg.analysis_rows, len(data.val)), c['block_size'], c['n_layer'], c['n_head']

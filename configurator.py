@@ -9,6 +9,7 @@ a flag must belong to this script. Unknown keys and wrong types stop with one li
 """
 import ast
 import difflib
+import functools
 import os
 import sys
 import types
@@ -20,6 +21,7 @@ SCRIPTS = ('data_synth.py', 'train.py', 'drope.py', 'analyze.py', 'plot.py', 'ru
 # -----------------------------------------------------------------------------
 # the config block of a script
 
+@functools.cache
 def block(script):
     """{key: (default, type)} of a script, read from its source without importing it. The type of a default
     is the type a value must have; a key that may also be None is annotated: `n_kv_head: int = None`."""

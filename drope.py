@@ -12,7 +12,7 @@ import os
 
 import shards
 from configurator import configure
-from model import build, load_weights, read_checkpoint, read_config
+from model import build, load_weights, read_config, read_finished
 from train import RAISE_GRAD_ACCUM, data_folder, dominant_topic, fit, machine, memory_errors, row_order
 
 # -----------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def recal_folder(parent, length, main_length, parent_steps, keep_rope):
 
 def recal_config(parent_config, parent, steps, keep_rope, lr_scale):
     """The parent's config with what recalibration changes."""
-    c = dict(parent_config)
+    c = parent_config
     name = c['condition'].removesuffix('_rope') + ('_kept' if keep_rope else '_drope')
     return {**c, 'condition': name, 'parent': parent, 'max_iters': steps, 'recal_steps': steps, 'keep_rope': keep_rope,
             'rope': keep_rope, 'order': 'shuffled', 'cycles': 1, 'cooldown': 0.0, 'parent_order': c['order'],
@@ -69,23 +69,24 @@ def recalibrate(cfg, length):
     with memory_errors(RAISE_GRAD_ACCUM.format(**c)):
         model = build(c).to(device)
         if not os.path.exists(os.path.join(folder, 'ckpt.pt')):                 # else fit resumes from that one
-            ckpt = read_checkpoint(cfg.run)
-            if ckpt['step'] < parent['max_iters']:
-                raise SystemExit(f'{cfg.run}: stopped at step {ckpt["step"]} of {parent["max_iters"]}; finish it first')
-            load_weights(model, ckpt, cfg.run)
+            load_weights(model, read_finished(cfg.run, parent), cfg.run)
         labels = dominant_topic(data.train_topics, c['n_topics'])
         rows = row_order(labels, steps * c['batch_size'], seed=c['seed'], stream=RECAL_STREAM)
-        val_loss = fit(model, c, rows, data, folder, device, dtype, compile)
+        val_loss = fit(model, c, rows, labels, data, folder, device, dtype, compile)
     if val_loss is not None:
         how = 'with' if cfg.keep_rope else 'without'
         print(f'{folder}: val loss {val_loss:.4f} nats after {steps} steps {how} RoPE')
     return folder
 
+def check(cfg):
+    """Stops with one line at the first setting that can't work."""
+    if min(cfg.recal_iters) <= 0:
+        raise SystemExit(f'recal_iters = {cfg.recal_iters}: lengths above 0, as 0.01 or 100 or 0.01,0.1')
+
 def main(cfg):
+    check(cfg)
     if not cfg.run:
         raise SystemExit('drope.py: --run=FOLDER, the trained run to drop RoPE from')
-    if not cfg.recal_iters or any(type(n) not in (int, float) or n <= 0 for n in cfg.recal_iters):
-        raise SystemExit(f'drope.py: recal_iters = {cfg.recal_iters}: lengths above 0, as 0.01 or 100 or 0.01,0.1')
     return [recalibrate(cfg, length) for length in cfg.recal_iters]
 
 if __name__ == '__main__':

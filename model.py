@@ -206,6 +206,13 @@ def read_checkpoint(folder, device='cpu'):
         raise SystemExit(f'{path}: a checkpoint, but not one of ours (no model, optimizer and step in it)')
     return ckpt
 
+def read_finished(folder, config, device='cpu'):
+    """The checkpoint of a run that has made all the steps of its config."""
+    ckpt = read_checkpoint(folder, device)
+    if ckpt['step'] < config['max_iters']:
+        raise SystemExit(f'{folder}: stopped at step {ckpt["step"]} of {config["max_iters"]}; finish it first')
+    return ckpt
+
 def load_weights(model, ckpt, folder):
     """Put a checkpoint's weights into a model, or say that they belong to another one."""
     try:

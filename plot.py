@@ -69,8 +69,7 @@ def load(folder):
     for path in glob.glob(f'{glob.escape(folder)}/*/seed*'):
         m = re.fullmatch(r'.*/([a-z]+)_(\w+)_([a-z]+)/seed(\d+)', path.replace(os.sep, '/'))
         if m and m[3] in STAGES:
-            rows = {row['step']: row for row in read(f'{path}/log.jsonl') or [] if 'step' in row}
-            log = [rows[s] for s in sorted(rows)]  # a resumed run may log a step twice
+            log = [row for row in read(f'{path}/log.jsonl') or [] if 'step' in row]
             runs.append(dict(attn=m[1], order=m[2], stage=m[3], seed=int(m[4]), log=log,
                              ana=read(f'{path}/analysis.json')))
     runs.sort(key=lambda r: (r['seed'], r['attn'] != 'mha', [*ORDERS, r['order']].index(r['order']), r['order'],

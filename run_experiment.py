@@ -97,9 +97,8 @@ def done_in(cfg, folder, c):
 def disk_gib(c):
     """What a run leaves on disk: the weights, Muon's momentum and AdamW's two moments, in fp32."""
     with torch.device('meta'):
-        model = build(c)
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and '.layers.' in n)
-    return 4 * (2 * matrices + 3 * (sum(p.numel() for p in model.parameters()) - matrices)) / 2**30
+        matrices, others = (sum(p.numel() for p in part) for part in train.split_parameters(build(c)))
+    return 4 * (2 * matrices + 3 * others) / 2**30
 
 # -----------------------------------------------------------------------------
 # the work
@@ -119,11 +118,8 @@ def run_arm(cfg, arm, seed, threads=None):
             drope.recalibrate(stage(cfg, 'drope.py', run=parent, keep_rope=c['keep_rope']), length)
         analyze.main(stage(cfg, 'analyze.py', run=folder, causal=True))
 
-def steps_made(cfg, run):
+def steps_made(folder):
     """How many steps of a run are done, from its log."""
-    folder, c, _ = run
-    if done_in(cfg, folder, c):
-        return c['max_iters']
     try:
         return json.loads(open(os.path.join(folder, 'log.jsonl')).read().splitlines()[-1]).get('step', 0)
     except (OSError, ValueError, IndexError):
@@ -143,7 +139,7 @@ def run_together(cfg, todo, runs):
                 running.append(context.Process(target=run_arm, args=(mine, *pair, threads)))
                 running[-1].start()
             time.sleep(1)
-            bar.update(sum(steps_made(cfg, run) for pair in todo for run in runs[pair]) - bar.n)
+            bar.update(sum(steps_made(folder) for pair in todo for folder, _, _ in runs[pair]) - bar.n)
             for process in [p for p in running if p.exitcode is not None]:
                 running.remove(process)
                 if process.exitcode < 0:                    # else it has said itself what was wrong
@@ -263,11 +259,9 @@ def effects(runs, n_layer):
 # the summary
 
 def summarise(cfg, runs):
-    """Write summary.json of the runs that are analysed, [(folder, config, length), ...]; returns it."""
-    rows, references, a = [], [], None
-    for folder, c, _ in runs:
-        if not done_in(cfg, folder, c):
-            continue
+    """Write summary.json of runs that are all analysed, [(folder, config, length), ...]; returns it."""
+    rows, references = [], []
+    for folder, _, _ in runs:
         a = json.load(open(os.path.join(folder, 'analysis.json')))
         ref, mean, probe = a['references'], a['mean'], a['probe']
         references.append(ref)
@@ -280,8 +274,6 @@ def summarise(cfg, runs):
             **{f'{k}_uniform': v for k, v in a['uniform'].items()},
             'probe': probe['accuracy'], **{f'probe_{k}': probe[k] for k in ('majority', 'token', 'ceiling')},
             'seconds': a['train_seconds']})
-    if not rows:
-        raise SystemExit(f'{cfg.out_dir}: nothing is analysed yet')
     mean = lambda key: float(np.mean([r[key] for r in references])) if references[0][key] is not None else None
     summary = {'experiment': os.path.basename(cfg.out_dir), 'references': {k: mean(k) for k in references[0]},
                'device': a['device'], 'versions': a['versions'], 'n_layer': cfg.n_layer, 'runs': rows,
@@ -316,14 +308,13 @@ def table(summary):
 
 def effects_table(effects):
     """Paired differences as Markdown lines, the primary ones first."""
-    show = lambda v, form='{:+.4f}': '—' if v is None else form.format(v)
     lines = ['| Measure | Contrast | Difference | 95% interval | 80% power from | n | p (sign flip) | p (max-T) |',
              '|---' * 8 + '|']
     for e in sorted(effects, key=lambda e: not e['primary']):
         interval = 'n=1: no interval' if e['low'] is None else f'[{e["low"]:+.4f}, {e["high"]:+.4f}]'
-        lines.append(f'| {"**primary** " if e["primary"] else ""}{e["measure"]} | {e["contrast"]} | {show(e["mean"])} '
-                     f'| {interval} | {show(e["smallest"], "{:.4f}")} | {e["n"]} '
-                     f'| {show(e["p"], "{:.3f}")} | {show(e["p_adjusted"], "{:.3f}")} |')
+        lines.append(f'| {"**primary** " if e["primary"] else ""}{e["measure"]} | {e["contrast"]} | {e["mean"]:+.4f} '
+                     f'| {interval} | {analyze.show(e["smallest"], ".4f")} | {e["n"]} '
+                     f'| {analyze.show(e["p"], ".3f")} | {analyze.show(e["p_adjusted"], ".3f")} |')
     return lines
 
 def verdict(summary):
@@ -417,10 +408,10 @@ def main(cfg):
         if key in cfg.overrides:
             raise SystemExit(f'run_experiment.py: {key} = {cfg.overrides[key]!r} is not for an experiment, which takes '
                              f'arms and seeds (now {cfg.arms} and {cfg.seeds})')
-    if cfg.jobs < 1 or min(cfg.seeds) < 0 or min(cfg.recal_iters) <= 0:
-        raise SystemExit(f'run_experiment.py: jobs = {cfg.jobs} must be at least 1, seeds = {cfg.seeds} not negative '
-                         f'and recal_iters = {cfg.recal_iters} above 0')
+    if cfg.jobs < 1 or min(cfg.seeds) < 0:
+        raise SystemExit(f'run_experiment.py: jobs = {cfg.jobs} must be at least 1, seeds = {cfg.seeds} not negative')
     train.check(cfg)
+    drope.check(cfg)
     analyze.check(cfg)
     plan = list(dict.fromkeys(itertools.product(cfg.arms, cfg.seeds)))
     runs = {pair: arm_runs(cfg, *pair) for pair in plan}
@@ -468,7 +459,7 @@ def main(cfg):
                   f'{clock_text(spent * (total / finished - 1))} left for the rest', flush=True)
     # ---- the report
     summary = summarise(cfg, everything)
-    figures = plot.main(SimpleNamespace(**{k: getattr(cfg, k) for k in block('plot.py')}, paths=[cfg.out_dir]))
+    figures = plot.main(stage(cfg, 'plot.py', paths=[cfg.out_dir]))
     write_report(cfg, summary, figures)
     differences = [e for e in summary['effects'] if 'drope - kept' in e['contrast']]
     print('\n'.join([*table(summary), '', *(effects_table(differences) if differences else ()), '', *verdict(summary)]))

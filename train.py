@@ -149,10 +149,16 @@ class Muon:
         for mine, saved in zip(self.momentum, state['momentum'], strict=True):
             mine.copy_(saved)
 
+def split_parameters(model):
+    """(the 2D matrices of the blocks, for Muon; the embedding and the norm gains, for AdamW)."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        (matrices if p.ndim == 2 and '.layers.' in name else others).append(p)
+    return matrices, others
+
 def optimizers(model, c):
-    """(Muon for the 2D matrices of the blocks, AdamW for the embedding and the norm gains)."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and '.layers.' in n]
-    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and '.layers.' in n)]
+    """(Muon, AdamW) of a model, with the rates and the decay of its config."""
+    matrices, others = split_parameters(model)
     assert {id(p) for p in matrices + others} == {id(p) for p in model.parameters()}
     assert len(matrices) + len(others) == len(list(model.parameters()))     # every parameter in exactly one group
     adamw = torch.optim.AdamW(others, lr=c['adam_lr'], betas=(0.9, 0.95), weight_decay=c['weight_decay'],
@@ -261,13 +267,13 @@ def evaluate(model, tokens, micro, autocast):
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
 
-def fit(model, c, rows, data, folder, device, dtype, compile):
+def fit(model, c, rows, labels, data, folder, device, dtype, compile):
     """
     Train `model` through `rows`, leaving config.json, log.jsonl and ckpt.pt in `folder`; resumes from a ckpt.pt there.
 
     c: the run's config as a dict. rows: int64 [max_iters * batch_size], rows of data.train in order (`row_order`).
-    data: shards.read(...). Returns the last validation loss in nats; None where the run was finished
-    already, and in all processes but the first.
+    labels: the dominant topic of each row of data.train. data: shards.read(...). Returns the last validation loss in
+    nats; None where the run was finished already, and in all processes but the first.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     micro, rest = divmod(c['batch_size'], c['grad_accum'] * world)
@@ -278,10 +284,10 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
     max_iters = c['max_iters']
     ckpt_path, log_path = os.path.join(folder, 'ckpt.pt'), os.path.join(folder, 'log.jsonl')
     muon, adamw = optimizers(model, c)
-    start = 0
+    start, rows_digest = 0, shards.digest(rows)
     if os.path.exists(ckpt_path):
         ckpt = read_checkpoint(folder, device)
-        if ckpt.get('rows') != shards.digest(rows):
+        if ckpt.get('rows') != rows_digest:
             raise SystemExit(f'{ckpt_path}: was trained on rows in another order; delete {folder} and train again')
         load_weights(model, ckpt, folder)
         muon.load_state_dict(ckpt['optimizer']['muon'])
@@ -297,7 +303,7 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
     train = torch.from_numpy(data.train.astype(np.int32)).to(device)                     # [N, block_size + 1]
     val = torch.from_numpy(data.val[:c['eval_rows']].astype(np.int32)).to(device)
     batches = torch.from_numpy(rows).to(device).view(max_iters, c['grad_accum'], world, micro)
-    histogram = dominant_topic(data.train_topics, c['n_topics'])[rows].reshape(max_iters, -1)
+    topics_of = labels[rows].reshape(max_iters, -1)                                      # [max_iters, batch_size]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
     loss_of = torch.compile(model) if compile else model
     if compile:
@@ -335,7 +341,7 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
                 if evaluating and not math.isfinite(val_loss):
                     raise SystemExit(diverged.format('validation loss', val_loss, step))
                 if rank == 0:
-                    topics = np.bincount(histogram[logged:step].ravel(), minlength=c['n_topics'])
+                    topics = np.bincount(topics_of[logged:step].ravel(), minlength=c['n_topics'])
                     log.write(json.dumps({
                         'step': step, 'loss': loss if step else None, 'val_loss': val_loss,
                         'lr': muon.lr if step else 0.0, 'tok_s': round(tok_s), 'topics': topics.tolist(),
@@ -347,7 +353,7 @@ def fit(model, c, rows, data, folder, device, dtype, compile):
                         print(f'{folder}: step {step} of {max_iters}, val loss {val_loss:.4f}', flush=True)
                     if evaluating and step > start:
                         save_checkpoint(ckpt_path, {
-                            'model': model.state_dict(), 'step': step, 'rows': shards.digest(rows),
+                            'model': model.state_dict(), 'step': step, 'rows': rows_digest,
                             'optimizer': {'muon': muon.state_dict(), 'adamw': adamw.state_dict()},
                             'rng': torch.get_rng_state()})
                 loss_sum.zero_()
@@ -434,9 +440,9 @@ def main(cfg):
     with memory_errors(RAISE_GRAD_ACCUM.format(**c)):
         model = build(c, torch.Generator().manual_seed(c['seed'])).to(device)
         cooldown_rows = round(c['cooldown'] * c['max_iters']) * c['batch_size']
-        rows = row_order(dominant_topic(data.train_topics, c['n_topics']), c['max_iters'] * c['batch_size'],
-                         c['order'], c['cycles'], cooldown_rows, c['seed'])
-        val_loss = fit(model, c, rows, data, folder, device, dtype, compile)
+        labels = dominant_topic(data.train_topics, c['n_topics'])
+        rows = row_order(labels, c['max_iters'] * c['batch_size'], c['order'], c['cycles'], cooldown_rows, c['seed'])
+        val_loss = fit(model, c, rows, labels, data, folder, device, dtype, compile)
     if val_loss is not None:
         print(f'{folder}: val loss {val_loss:.4f} nats after {c["max_iters"]} steps')
     return folder
