@@ -13,12 +13,10 @@ import math
 import os
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from threadpoolctl import threadpool_limits
 
 import measures
 import shards
@@ -130,7 +128,7 @@ def main(cfg):
                 flat = hidden.flatten(0, 1)                                                # [rows * T, n_embd]
                 for split, at in enumerate(probe_at):
                     mine = at[(at >= b.start * T) & (at < b.stop * T)] - b.start * T
-                    activations[layer][split].append(flat[mine.to(device)].cpu().numpy())
+                    activations[layer][split].append(flat[mine.to(device)])
                 if pattern is not None:
                     part = measures.attention_sums(pattern, z[b], c['n_topics'])
                     half[layer - 1] = measures.add(half[layer - 1], part)
@@ -155,12 +153,9 @@ def main(cfg):
     train_at, test_at = (at.numpy() for at in probe_at)
     x, y = tokens.flatten().cpu().numpy(), z.flatten().cpu().numpy()
     distance = measures.distance_from_boundary(z).flatten().cpu().numpy()[test_at]
-    # one probe a core: many threads on one small regression mostly wait for each other
-    def fit(x):
-        guess = measures.probe(np.concatenate(x[0]), y[train_at], np.concatenate(x[1]), seed=c['seed'])
-        return guess == y[test_at]
-    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        correct = list(progress(pool.map(fit, activations), 'probes', L + 1, unit='layer', leave=False))
+    labels = [torch.from_numpy(y[at]).to(device) for at in (train_at, test_at)]
+    correct = [(measures.probe(torch.cat(train), labels[0], torch.cat(test)) == labels[1]).cpu().numpy()
+               for train, test in progress(activations, desc='probes', unit='layer', leave=False)]
     by_distance = [measures.by_distance(k, distance) for k in correct]
     probe = {'accuracy': [k.mean() for k in correct], 'train_tokens': len(train_at), 'test_tokens': len(test_at),
              'majority': measures.majority(y[train_at], y[test_at]), 'ceiling': None, 'ceiling_by_distance': None,

@@ -104,7 +104,7 @@ def configure(script, argv=None, positional=False, stages=()):
     script: its __file__. argv: config files and --key=value flags (default: the command line).
     positional: plain arguments that are not .py files are kept in cfg.paths (plot.py's folders).
     stages: other scripts whose keys this one takes as well (run_experiment.py passes them on).
-    cfg.overrides holds what files and flags have set.
+    cfg.overrides holds what files and flags have set, cfg.files the names of the files.
     """
     name = os.path.basename(script)
     keys = {}
@@ -140,7 +140,7 @@ def configure(script, argv=None, positional=False, stages=()):
             value = text                                  # --run=123 names a folder, not a number
         overrides[key] = check(key, value, keys[key][1], where)
     cfg = types.SimpleNamespace(**{k: overrides.get(k, value) for k, (value, _) in keys.items()})
-    cfg.overrides, cfg.paths = overrides, paths
+    cfg.overrides, cfg.paths, cfg.files = overrides, paths, files
     return cfg
 
 def comment(key, scripts):

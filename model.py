@@ -28,16 +28,16 @@ class RMSNorm(nn.Module):
         return self.weight.to(x.dtype) * h.to(x.dtype)
 
 def rotary(block_size, head_dim, theta):
-    """cos and sin of RoPE's angles [block_size, head_dim], fp32; angle(t, i) = t * theta^(-2i / head_dim)."""
+    """(cos, sin) of RoPE's angles [block_size, head_dim], fp32, angle(t, i) = t * theta^(-2i / head_dim); the first
+    half of sin is negated, as `rotate` needs it."""
     inv_freq = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)    # [head_dim / 2]
     angle = torch.arange(block_size).float()[:, None] * inv_freq             # [block_size, head_dim / 2]
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 def rotate(x, cos, sin):
     """Half-rotation RoPE: the pair (x_i, x_{i + head_dim/2}) turns by angle(t, i). x: [B, heads, T, head_dim]."""
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).to(x.dtype)          # a cat here would compile to slow code
 
 class Attention(nn.Module):
     def __init__(self, n_embd, n_head, n_kv_head, head_dim):
@@ -154,6 +154,8 @@ class Qwen3(nn.Module):
         """Logits [B, T, vocab_size] of idx [B, T]; with targets [B, T] the mean cross-entropy in nats instead."""
         rope = self.positions(idx.size(1))
         x = self.model.embed_tokens(idx)                                      # [B, T, n_embd]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.bfloat16()                                                  # the residual stream: half the traffic
         for block in self.model.layers:
             x = block(x, rope)
         logits = self.head(x)

@@ -40,7 +40,7 @@ from model import build, read_config
 
 arms = ('mha_shuffled', 'mha_topic_ordered')    # ARM_NAMES says what can be put here
 seeds = (0,)                # one seed is one dataset and one initialisation, shared by all arms
-jobs = 1                    # arms trained at a time, each in a process of its own, spread over the GPUs
+jobs = 1                    # arms trained at a time, in as many processes, spread over the GPUs
 dry_run = False             # print the plan and stop
 publish = False             # copy JSON and figures to results/<experiment>/
 
@@ -103,10 +103,8 @@ def disk_gib(c):
 # -----------------------------------------------------------------------------
 # the work
 
-def run_arm(cfg, arm, seed, threads=None):
-    """Train an arm of one seed, drop and keep RoPE, analyse each; what is done is skipped. threads: torch's, on CPU."""
-    if threads:
-        torch.set_num_threads(threads)
+def run_arm(cfg, arm, seed):
+    """Train an arm of one seed, drop and keep RoPE, analyse each; what is done is skipped."""
     runs = arm_runs(cfg, arm, seed)
     todo = [run for run in runs if not done_in(cfg, *run[:2])]
     parent = runs[0][0]
@@ -125,31 +123,41 @@ def steps_made(folder):
     except (OSError, ValueError, IndexError):
         return 0
 
+def take_arms(cfg, queue, threads):
+    """One of several processes: takes arms from the queue until it is empty, and compiles once for all of them."""
+    if threads:
+        torch.set_num_threads(threads)
+    for pair in iter(queue.get, None):
+        run_arm(cfg, *pair)
+
 def run_together(cfg, todo, runs):
-    """The arms, cfg.jobs at a time, each in a process of its own: on the GPUs in turn, or sharing the cores."""
+    """The arms, cfg.jobs at a time, in as many processes: on the GPUs in turn, or sharing the cores."""
     gpus = torch.cuda.device_count() if cfg.device in ('', 'cuda') else 0
-    context, queue, running = multiprocessing.get_context('spawn'), list(enumerate(todo)), []
+    jobs, context = min(cfg.jobs, len(todo)), multiprocessing.get_context('spawn')
+    threads = None if gpus else max(1, os.cpu_count() // jobs)
+    queue = context.Queue()
+    for item in [*todo, *[None] * jobs]:
+        queue.put(item)
+    running = [context.Process(target=take_arms, args=(
+        SimpleNamespace(**vars(cfg) | ({'device': f'cuda:{i % gpus}'} if gpus else {})), queue, threads))
+        for i in range(jobs)]
     bar = tqdm(total=sum(c['max_iters'] for pair in todo for _, c, _ in runs[pair]), unit='step', disable=None)
     try:
-        while queue or running:
-            while queue and len(running) < cfg.jobs:
-                i, pair = queue.pop(0)
-                mine = SimpleNamespace(**vars(cfg) | ({'device': f'cuda:{i % gpus}'} if gpus else {}))
-                threads = None if gpus else max(1, os.cpu_count() // cfg.jobs)
-                running.append(context.Process(target=run_arm, args=(mine, *pair, threads)))
-                running[-1].start()
+        for process in running:
+            process.start()
+        while any(process.is_alive() for process in running):
             time.sleep(1)
             bar.update(sum(steps_made(folder) for pair in todo for folder, _, _ in runs[pair]) - bar.n)
-            for process in [p for p in running if p.exitcode is not None]:
-                running.remove(process)
-                if process.exitcode < 0:                    # else it has said itself what was wrong
+            for process in running:
+                if (process.exitcode or 0) < 0:             # else it has said itself what was wrong
                     print(f'{cfg.out_dir}: an arm was killed by signal {-process.exitcode}, perhaps for lack of '
                           'memory; try a lower --jobs', file=sys.stderr)
                 if process.exitcode:
                     raise SystemExit(1)
     finally:
         for process in running:
-            process.terminate()
+            if process.pid:
+                process.terminate()
         bar.close()
 
 # -----------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 import measures as M
 
 torch.set_num_threads(1)                                         # small tensors: more threads only wait
@@ -359,20 +361,40 @@ def test_probe_tokens_share_no_row(n_rows, max_tokens):
     again = M.probe_tokens(n_rows, 16, max_tokens, torch.Generator().manual_seed(0))
     assert torch.equal(train, again[0]) and torch.equal(test, again[1])
 
+def gaussians(n, d, K, signal=1.0, seed=0):
+    """x [n,d] around K means, on very different scales, a column constant; y [n]."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, K, n)
+    scale = np.logspace(-3, 3, d)                                # standardising must undo this
+    x = ((signal * rng.normal(size=(K, d))[y] + 3 * rng.normal(size=(n, d))) * scale + 10 * scale).astype(np.float32)
+    x[:, 7] = 0.1
+    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(scale)
+
 @pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('n, d, K', [(2000, 64, 5), (1000, 200, 3), (600, 100, 8)])
+def test_probe_is_scikit_learns(n, d, K):
+    """The same guesses as LogisticRegression but for the few on a border, more than a wrong penalty would leave."""
+    x, y, _ = gaussians(n, d, K, signal=0.3)
+    half = n // 2
+    scale = StandardScaler().fit(x[:half])
+    def reference(C):
+        model = LogisticRegression(C=C, tol=1e-4, max_iter=5000).fit(scale.transform(x[:half]), y[:half])
+        return model.predict(scale.transform(x[half:]))
+    same = lambda C: (M.probe(x[:half], y[:half], x[half:]).numpy() == reference(C)).mean()
+    assert same(1.0) > 0.99 and same(1.0) > same(0.01) + 0.005
+    labels = y * 2 + 1                                           # topics need not be 0..K-1
+    assert torch.equal(M.probe(x[:half], labels[:half], x[half:]), M.probe(x[:half], y[:half], x[half:]) * 2 + 1)
+
 def test_probe_learns_what_is_there():
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 5, 6000)
-    scale = np.logspace(-3, 3, 64)                               # standardising must undo this
-    x = ((rng.normal(size=(5, 64))[y] + 3 * rng.normal(size=(6000, 64))) * scale + 10 * scale).astype(np.float32)
+    x, y, scale = gaussians(6000, 64, 5)
     def accuracy(y):
-        return (M.probe(x[:3000], y[:3000], x[3000:], seed=0) == y[3000:]).mean()
+        return (M.probe(x[:3000], y[:3000], x[3000:]) == y[3000:]).float().mean()
     unit = x / scale                                             # nearest class mean: the best possible rule here
-    means = np.stack([unit[:3000][y[:3000] == k].mean(0) for k in range(5)])
-    best = (((unit[3000:, None] - means) ** 2).sum(-1).argmin(1) == y[3000:]).mean()
+    means = torch.stack([unit[:3000][y[:3000] == k].mean(0) for k in range(5)])
+    best = (((unit[3000:, None] - means) ** 2).sum(-1).argmin(1) == y[3000:]).float().mean()
     assert accuracy(y) > best - 0.03 and best > 0.8
-    assert abs(accuracy(rng.permutation(y)) - 0.2) < 0.04
-    assert (M.probe(x[:50], np.full(50, 3), x[50:60]) == 3).all()
+    assert abs(accuracy(y[torch.randperm(6000, generator=torch.Generator().manual_seed(0))]) - 0.2) < 0.04
+    assert (M.probe(x[:50], torch.full((50,), 3), x[50:60]) == 3).all()
 
 def test_references():
     x, y = np.array([0, 0, 0, 1, 1, 2, 3]), np.array([1, 1, 0, 2, 2, 0, 1])

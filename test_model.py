@@ -80,8 +80,9 @@ def test_run_1_has_27_4_million_parameters():
         model = Qwen3(4096, 512, n_layer=8, n_head=8, n_kv_head=8, n_embd=512, head_dim=64, mlp_hidden=1376)
     assert sum(p.numel() for p in model.parameters()) == 27_403_776
 
-def test_muon_is_torch_muon_bit_for_bit():
-    """Stacked matrices, five steps, tall, wide and square, with decay and a changing rate."""
+def test_muon_is_torch_muon():
+    """Stacked matrices, five steps, tall, wide and square, with decay and a changing rate: the weights to fp32
+    rounding of the rate (the orthogonalised updates are the same to the bit)."""
     g = torch.Generator().manual_seed(0)
     shapes = [(48, 16), (16, 48), (32, 32), (48, 16), (32, 32), (16, 48), (48, 16)]
     ours = [torch.randn(s, generator=g).requires_grad_() for s in shapes]
@@ -89,10 +90,14 @@ def test_muon_is_torch_muon_bit_for_bit():
     muon = Muon(ours, lr=0.02, weight_decay=0.01)
     reference = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.01)
     for step in range(5):
-        muon.lr = reference.param_groups[0]['lr'] = 0.02 / (step + 1)
+        reference.param_groups[0]['lr'] = 0.02 / (step + 1)
         for p, q in zip(ours, theirs):
             p.grad = torch.randn(p.shape, generator=g)
             q.grad = p.grad.clone()
-        muon.step()
+        muon.step(torch.tensor(1 / (step + 1)))
         reference.step()
-    assert all(torch.equal(p, q) for p, q in zip(ours, theirs))
+    for (shape, params), momentum in zip(muon.groups.items(), muon.momentum):
+        for p, mine in zip(params, momentum):
+            q = theirs[next(i for i, o in enumerate(ours) if o is p)]
+            assert torch.equal(mine, reference.state[q]['momentum_buffer'])
+            assert (p - q).abs().max() < 2e-6

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 import shards
-from train import dominant_topic, lr_scale, row_order
+from bench import plain_step
+from model import build
+from train import dominant_topic, lr_scale, optimizers, row_order, training_step
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--head_dim=8', '--mlp_hidden=24', '--batch_size=8',
@@ -140,6 +143,69 @@ def test_resume_after_kill_is_bit_equal(dataset, tmp_path):
         assert [r['step'] for r in records] == list(range(steps + 1))      # the log has no gaps and no repeats
         assert [(r['loss'], r['val_loss']) for r in records] == [(r['loss'], r['val_loss']) for r in expected]
     assert not same(weights(f'{tmp_path}/whole_rope/seed0'), weights(f'{tmp_path}/whole_drope/seed0'))
+
+# -----------------------------------------------------------------------------
+# the step
+
+STEP = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, mlp_hidden=48, vocab_size=50, block_size=32,
+            rope=True, rope_theta=1e6, max_iters=20, warmup_iters=100, muon_lr=0.001, adam_lr=3e-3, weight_decay=0.01,
+            grad_clip=0.5)
+
+def step_losses(how, device='cpu', dtype='float32', steps=20, **changes):
+    """The losses of the first steps and the weights after them, by train.py's step or in plain PyTorch."""
+    c = {**STEP, 'grad_accum': 2, **changes}
+    g = torch.Generator().manual_seed(0)
+    corpus = torch.randint(c['vocab_size'], (100, c['block_size'] + 1), generator=g, dtype=torch.int32)
+    corpus[:, 1::2] = (corpus[:, :-1:2] + 1) % c['vocab_size']               # every other token can be learned
+    corpus = corpus.to(device)
+    batches = torch.randint(100, (c['max_iters'], c['grad_accum'], c.get('micro', 4)), generator=g).to(device)
+    model = build(c, torch.Generator().manual_seed(0)).to(device)
+    if how == 'plain':
+        step = plain_step(model, c, corpus, batches, dtype)
+        losses = [step().item() for _ in range(steps)]
+    else:
+        step, loss_sum = training_step(model, *optimizers(model, c), c, corpus, batches, 0, dtype, how == 'compiled')
+        losses = []
+        for _ in range(steps):
+            step()
+            losses.append(loss_sum.item())
+            loss_sum.zero_()
+    return np.array(losses), torch.cat([p.detach().float().cpu().flatten() for p in model.parameters()])
+
+@pytest.mark.parametrize('how', ('eager', 'compiled'))
+def test_step_is_plain_pytorch(how):
+    """20 steps beside eager PyTorch, torch.optim.Muon, torch.optim.AdamW and a schedule in Python, losses to 1e-5; at
+    a Muon rate that keeps bf16 from making more of rounding than that (see the two processes below)."""
+    if how == 'compiled' and not shutil.which('g++'):
+        pytest.skip('torch.compile needs a C++ compiler')
+    plain, theirs = step_losses('plain')
+    ours, mine = step_losses(how)
+    print(how, abs(ours - plain).max(), (mine - theirs).norm() / theirs.norm())
+    assert plain[0] - plain[-1] > 0.1                              # it is learning
+    assert abs(ours - plain).max() < 1e-5
+    for other in ({'grad_clip': 0.0}, {'muon_lr': 0.00101}, {'adam_lr': 0.00303}, {'weight_decay': 0.1}):
+        assert abs(ours - step_losses('plain', **other)[0]).max() > 3e-5       # each of these is seen
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='a CUDA graph needs a GPU')
+def test_graphed_step_is_plain_pytorch():
+    """In bf16 on a GPU, compiled and as one CUDA graph: 200 losses within 0.01 nats of plain PyTorch's."""
+    shape = dict(n_embd=128, head_dim=32, mlp_hidden=256, n_layer=4, micro=64, grad_accum=1, max_iters=200)
+    plain, ours = (step_losses(how, 'cuda', 'bfloat16', 200, **shape)[0] for how in ('plain', 'compiled'))
+    print('largest difference of 200 losses', abs(ours - plain).max())
+    assert plain[0] - plain[-1] > 1 and abs(ours - plain).max() < 0.01
+
+def test_arms_share_compiled_code():
+    """The second model of the same shape compiles nothing, whatever its seed; without RoPE it is another function."""
+    torch._dynamo.reset()
+    compiled = torch._dynamo.utils.counters['stats']
+    counts = []
+    for seed, rope in ((0, True), (1, True), (2, False), (3, False), (4, True)):
+        model = build({**STEP, 'rope': rope}, torch.Generator().manual_seed(seed))
+        idx = torch.randint(50, (4, 33), generator=torch.Generator().manual_seed(seed))
+        before = compiled['unique_graphs']
+        torch.compile(model, backend='aot_eager')(idx[:, :-1], idx[:, 1:]).backward()
+        counts.append(compiled['unique_graphs'] - before)
+    assert counts == [1, 0, 1, 0, 0]
 
 # -----------------------------------------------------------------------------
 # processes and micro-batches

@@ -10,6 +10,7 @@ The defaults are Run 1 of the log, MHA shuffled.
 """
 import atexit
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,6 +21,7 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import shards
@@ -121,26 +123,27 @@ def newton_schulz(g):
     return x.mT if g.size(1) > g.size(2) else x
 
 def muon_update(grad, momentum):
-    """One orthogonalised Nesterov update of stacked matrices; `momentum` [n, rows, cols] is updated in place."""
+    """One orthogonalised Nesterov update of stacked matrices [n, rows, cols]; changes both arguments in place."""
     momentum.lerp_(grad, 1 - 0.95)
-    return newton_schulz(grad.lerp(momentum, 0.95))
+    return newton_schulz(grad.lerp_(momentum, 0.95))
 
 class Muon:
-    """torch.optim.Muon, bit for bit on CPU, with matrices of one shape stacked into one batched product."""
+    """torch.optim.Muon with matrices of one shape stacked into one batched product, and nothing that syncs."""
     def __init__(self, params, lr, weight_decay):
         self.lr, self.weight_decay = lr, weight_decay
         self.groups = {}
         for p in params:
             self.groups.setdefault(tuple(p.shape), []).append(p)
         self.momentum = [torch.zeros(len(g), *shape, device=g[0].device) for shape, g in self.groups.items()]
-        self.update = muon_update
 
     @torch.no_grad()
-    def step(self):
+    def step(self, scale):
+        """scale: what the schedule makes of the learning rate, fp32 [] on the device."""
+        lr = self.lr * scale
         for (shape, params), momentum in zip(self.groups.items(), self.momentum):
-            update = self.update(torch.stack([p.grad for p in params]), momentum)
-            torch._foreach_mul_(params, 1 - self.lr * self.weight_decay)
-            torch._foreach_add_(params, list(update), alpha=-self.lr * math.sqrt(max(1, shape[0] / shape[1])))
+            update = muon_update(torch.stack([p.grad for p in params]), momentum).float()
+            torch._foreach_mul_(params, 1 - lr * self.weight_decay)
+            torch._foreach_add_(params, list(update.mul_(-lr * math.sqrt(max(1, shape[0] / shape[1])))))
 
     def state_dict(self):
         return {'momentum': self.momentum}
@@ -161,8 +164,9 @@ def optimizers(model, c):
     matrices, others = split_parameters(model)
     assert {id(p) for p in matrices + others} == {id(p) for p in model.parameters()}
     assert len(matrices) + len(others) == len(list(model.parameters()))     # every parameter in exactly one group
-    adamw = torch.optim.AdamW(others, lr=c['adam_lr'], betas=(0.9, 0.95), weight_decay=c['weight_decay'],
-                              fused=others[0].is_cuda)
+    device = others[0].device                               # a rate on the device changes without the host
+    adamw = torch.optim.AdamW(others, lr=torch.tensor(c['adam_lr'], device=device), betas=(0.9, 0.95),
+                              weight_decay=c['weight_decay'], fused=True, capturable=device.type == 'cuda')
     return Muon(matrices, c['muon_lr'], c['weight_decay']), adamw
 
 def lr_scale(step, max_iters, warmup_iters):
@@ -251,16 +255,83 @@ def memory_errors(hint):
         raise SystemExit(f'out of memory: {hint}') from None
 
 # -----------------------------------------------------------------------------
+# the step
+
+def training_step(model, muon, adamw, c, corpus, batches, start, dtype, compile):
+    """
+    (step, loss_sum): a function without arguments that makes one optimizer step, and the sum [] of its mean losses.
+
+    Whatever a step reads is on the device, its own number and learning rate too: nothing waits for the host, and all
+    of it, optimizers included, can be one CUDA graph. corpus: int32 [N, block_size + 1]. batches: rows of it, int64
+    [max_iters, grad_accum, micro], those of this process. start: the first step. c: the run's config.
+    """
+    device, world = corpus.device, dist.get_world_size() if dist.is_initialized() else 1
+    scales = torch.tensor([lr_scale(s, c['max_iters'], c['warmup_iters']) for s in range(c['max_iters'])],
+                          device=device)
+    now = torch.tensor([start], device=device)              # an index without dimensions would be read by the host
+    loss_sum = torch.zeros((), device=device)
+    loss_of = torch.compile(model) if compile else model
+    torch._dynamo.config.recompile_limit = 64               # an experiment has more models than the default of 8
+
+    def step():
+        for rows in batches[now][0]:
+            x = corpus[rows].long()                                                      # [micro, block_size + 1]
+            with autocast(device, dtype):
+                loss = loss_of(x[:, :-1], x[:, 1:]) / (c['grad_accum'] * world)
+            loss.backward()
+            loss_sum.add_(loss.detach())
+        if world > 1:
+            for p in model.parameters():
+                dist.all_reduce(p.grad)                     # a sum: the loss was already divided by the processes
+        if c['grad_clip']:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), c['grad_clip'])
+        scale = scales[now][0]
+        adamw.param_groups[0]['lr'].copy_(c['adam_lr'] * scale)
+        muon.step(scale)
+        adamw.step()
+        model.zero_grad(set_to_none=True)
+        now.add_(1)
+
+    return (graphed(step) if compile and device.type == 'cuda' and world == 1 else step), loss_sum
+
+def graphed(step, warmup=3):
+    """
+    `step` as one CUDA graph: hundreds of kernels for one launch. The first calls run as they are, which compiles them;
+    then one is captured, and from there on a call replays it (docs.pytorch.org/docs/stable/notes/cuda.html).
+    """
+    graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count()
+    def call():
+        n, stream = next(calls), torch.cuda.current_stream()
+        if n < warmup:
+            side.wait_stream(stream)
+            with torch.cuda.stream(side):
+                step()
+            return stream.wait_stream(side)
+        if n == warmup:
+            with torch.cuda.graph(graph):
+                step()
+        graph.replay()
+    return call
+
+@contextlib.contextmanager
+def autocast(device, dtype):
+    """bf16 products where dtype says so; on a GPU the attention kernel of cuDNN before that of FlashAttention-2."""
+    first = [SDPBackend.CUDNN_ATTENTION] if device.type == 'cuda' else []
+    backends = [*first, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends, set_priority=True), torch.autocast(device.type, torch.bfloat16, dtype == 'bfloat16'):
+        yield
+
+# -----------------------------------------------------------------------------
 # the training loop, for train.py and drope.py alike
 
 @torch.no_grad()
-def evaluate(model, tokens, micro, autocast):
+def evaluate(model, tokens, micro, dtype):
     """Mean cross-entropy in nats over validation rows [N, block_size + 1]; draws nothing at random."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = torch.zeros(2, dtype=torch.float64, device=tokens.device)
     for batch in tokens[rank::world].split(micro):
         x = batch.long()
-        with autocast:
+        with autocast(tokens.device, dtype):
             total[0] += model(x[:, :-1], x[:, 1:]).double() * len(x)
         total[1] += len(x)
     if world > 1:
@@ -304,10 +375,7 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
     val = torch.from_numpy(data.val[:c['eval_rows']].astype(np.int32)).to(device)
     batches = torch.from_numpy(rows).to(device).view(max_iters, c['grad_accum'], world, micro)
     topics_of = labels[rows].reshape(max_iters, -1)                                      # [max_iters, batch_size]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
-    loss_of = torch.compile(model) if compile else model
-    if compile:
-        muon.update = torch.compile(muon_update)
+    step_once, loss_sum = training_step(model, muon, adamw, c, train, batches[:, :, rank], start, dtype, compile)
 
     lines = []                                              # log.jsonl up to the checkpoint; a crash may have gone past
     if os.path.exists(log_path):
@@ -324,7 +392,7 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
     bar = progress(total=max_iters, initial=start, desc=name, unit='step', hidden=rank > 0)
     diverged = (f'{folder}: {{}} is {{}} at step {{}}; the last checkpoint is kept. Try a lower --muon_lr or --adam_lr '
                 f'(now {c["muon_lr"]}, {c["adam_lr"]}) in a new run folder')
-    loss_sum, logged, val_loss, clock = torch.zeros((), device=device), start, None, time.time()
+    logged, val_loss, clock = start, None, time.time()
     began = clock
     try:
         for step in range(start, max_iters + 1):
@@ -337,14 +405,15 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
                 if not math.isfinite(loss):
                     raise SystemExit(diverged.format('loss', loss, step))
                 tok_s = (step - logged) * c['batch_size'] * (train.size(1) - 1) / max(time.time() - clock, 1e-9)
-                val_loss = evaluate(model, val, micro, autocast) if evaluating else None
+                val_loss = evaluate(model, val, micro, dtype) if evaluating else None
                 if evaluating and not math.isfinite(val_loss):
                     raise SystemExit(diverged.format('validation loss', val_loss, step))
                 if rank == 0:
                     topics = np.bincount(topics_of[logged:step].ravel(), minlength=c['n_topics'])
+                    lr = c['muon_lr'] * lr_scale(step - 1, max_iters, c['warmup_iters']) if step else 0.0
                     log.write(json.dumps({
-                        'step': step, 'loss': loss if step else None, 'val_loss': val_loss,
-                        'lr': muon.lr if step else 0.0, 'tok_s': round(tok_s), 'topics': topics.tolist(),
+                        'step': step, 'loss': loss if step else None, 'val_loss': val_loss, 'lr': lr,
+                        'tok_s': round(tok_s), 'topics': topics.tolist(),
                         'seconds': round(before + time.time() - began, 2)}) + '\n')
                     log.flush()
                     shown = {'loss': f'{loss:.4f}', 'tok/s': f'{tok_s:,.0f}'}
@@ -361,23 +430,7 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
             if last:
                 break
 
-            scale = lr_scale(step, max_iters, c['warmup_iters'])
-            muon.lr = c['muon_lr'] * scale
-            adamw.param_groups[0]['lr'] = c['adam_lr'] * scale
-            for batch in batches[step, :, rank]:
-                x = train[batch].long()                                                  # [micro, block_size + 1]
-                with autocast:
-                    loss = loss_of(x[:, :-1], x[:, 1:]) / (c['grad_accum'] * world)
-                loss.backward()
-                loss_sum += loss.detach()
-            if world > 1:
-                for p in model.parameters():
-                    dist.all_reduce(p.grad)                 # a sum: the loss was already divided by the processes
-            if c['grad_clip']:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), c['grad_clip'])
-            muon.step()
-            adamw.step()
-            model.zero_grad(set_to_none=True)
+            step_once()
             bar.update()
     except Exception as e:
         if type(e).__module__.startswith(('torch._dynamo', 'torch._inductor')):
