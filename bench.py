@@ -158,7 +158,7 @@ def main(cfg):
     with memory_errors('a lower --batch_size needs less, and is another benchmark'):
         clock, startup = time.time(), time.time() - _began
         model = fresh()
-        step, loss_sum = training_step(model, *optimizers(model, c), c, corpus, batches, 0, dtype, compile)
+        step, loss_sum = training_step(model, *optimizers(model, c, dtype, compile), c, corpus, batches, 0, dtype, compile)
         step()
         loss_sum.item()                                     # waits for the device
         compile_s = time.time() - clock

@@ -94,10 +94,10 @@ def test_muon_is_torch_muon():
         for p, q in zip(ours, theirs):
             p.grad = torch.randn(p.shape, generator=g)
             q.grad = p.grad.clone()
-        muon.step(torch.tensor(1 / (step + 1)))
+        muon.step(torch.tensor(1 / (step + 1)), torch.ones(()))
         reference.step()
-    for (shape, params), momentum in zip(muon.groups.items(), muon.momentum):
-        for p, mine in zip(params, momentum):
+    for group, *_, momentum in muon.stacks:
+        for p, mine in zip(group, momentum):
             q = theirs[next(i for i, o in enumerate(ours) if o is p)]
             assert torch.equal(mine, reference.state[q]['momentum_buffer'])
             assert (p - q).abs().max() < 2e-6

@@ -164,7 +164,8 @@ def step_losses(how, device='cpu', dtype='float32', steps=20, **changes):
         step = plain_step(model, c, corpus, batches, dtype)
         losses = [step().item() for _ in range(steps)]
     else:
-        step, loss_sum = training_step(model, *optimizers(model, c), c, corpus, batches, 0, dtype, how == 'compiled')
+        step, loss_sum = training_step(model, *optimizers(model, c, dtype, how == 'compiled'), c, corpus, batches, 0,
+                                       dtype, how == 'compiled')
         losses = []
         for _ in range(steps):
             step()

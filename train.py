@@ -109,48 +109,64 @@ def condition(c):
 # -----------------------------------------------------------------------------
 # optimizers
 
-def newton_schulz(g):
-    """Five quintic Newton-Schulz steps towards the nearest semi-orthogonal matrix, in bf16. g: [n, rows, cols]
+def momentum_step(grads, momentum, clip):
+    """Nesterov momentum, in place, of matrices of one shape: the start of Newton-Schulz, bf16 [n, rows, cols]."""
+    grad = torch.stack(grads).float() * clip
+    momentum.lerp_(grad, 1 - 0.95)
+    x = grad.lerp(momentum, 0.95).bfloat16()
+    return x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+
+def newton_schulz(x):
+    """Five quintic Newton-Schulz steps towards the nearest semi-orthogonal matrix, in bf16. x: [n, rows, cols]
     (Jordan 2024, kellerjordan.github.io/posts/muon; the coefficients and rounding of torch.optim.Muon)."""
+    if x.size(1) > x.size(2):
+        return newton_schulz(x.mT).mT
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16()
-    if g.size(1) > g.size(2):
-        x = x.mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if g.size(1) > g.size(2) else x
+    return x
 
-def muon_update(grad, momentum):
-    """One orthogonalised Nesterov update of stacked matrices [n, rows, cols]; changes both arguments in place."""
-    momentum.lerp_(grad, 1 - 0.95)
-    return newton_schulz(grad.lerp_(momentum, 0.95))
+def weight_step(master, weights, update, lr, weight_decay):
+    """Decay and update the fp32 weights, and the copy of them that the model works with, in place; all [n, r, c]."""
+    rate = lr * math.sqrt(max(1, update.size(1) / update.size(2)))
+    master.mul_(1 - lr * weight_decay).sub_(update.float() * rate)
+    if weights is not master:
+        weights.copy_(master)
 
 class Muon:
-    """torch.optim.Muon with matrices of one shape stacked into one batched product, and nothing that syncs."""
-    def __init__(self, params, lr, weight_decay):
-        self.lr, self.weight_decay = lr, weight_decay
-        self.groups = {}
+    """
+    torch.optim.Muon with the matrices of one shape stacked into one batched product, and nothing that syncs.
+
+    Parameters become views of their stack. dtype: that of the model's matrices and their gradients; the optimizer
+    updates fp32 ones (`master`: parameter -> its fp32 weights), as autocast would have them cast at every step.
+    """
+    def __init__(self, params, lr, weight_decay, dtype=torch.float32, compile=False):
+        self.lr, self.weight_decay, self.master, self.stacks, groups = lr, weight_decay, {}, [], {}
         for p in params:
-            self.groups.setdefault(tuple(p.shape), []).append(p)
-        self.momentum = [torch.zeros(len(g), *shape, device=g[0].device) for shape, g in self.groups.items()]
+            groups.setdefault(p.shape, []).append(p)
+        for group in groups.values():
+            master = torch.stack([p.detach() for p in group])                            # [n, rows, cols]
+            weights = master.to(dtype)                      # master itself where that is fp32
+            for p, mine, its in zip(group, master, weights):
+                p.data, self.master[p] = its, mine
+            self.stacks.append((group, master, weights, torch.zeros_like(master)))
+        fused = (lambda f: torch.compile(f, dynamic=False)) if compile else lambda f: f
+        self.momentum_step, self.weight_step = fused(momentum_step), fused(weight_step)
 
     @torch.no_grad()
-    def step(self, scale):
-        """scale: what the schedule makes of the learning rate, fp32 [] on the device."""
-        lr = self.lr * scale
-        for (shape, params), momentum in zip(self.groups.items(), self.momentum):
-            update = muon_update(torch.stack([p.grad for p in params]), momentum).float()
-            torch._foreach_mul_(params, 1 - lr * self.weight_decay)
-            torch._foreach_add_(params, list(update.mul_(-lr * math.sqrt(max(1, shape[0] / shape[1])))))
+    def step(self, scale, clip):
+        """scale: what the schedule makes of the rate, clip: what clipping makes of the gradient; fp32 [], on device."""
+        for group, master, weights, momentum in self.stacks:
+            update = newton_schulz(self.momentum_step([p.grad for p in group], momentum, clip))
+            self.weight_step(master, weights, update, self.lr * scale, self.weight_decay)
 
     def state_dict(self):
-        return {'momentum': self.momentum}
+        return {'momentum': [momentum for *_, momentum in self.stacks]}
 
     def load_state_dict(self, state):
-        for mine, saved in zip(self.momentum, state['momentum'], strict=True):
-            mine.copy_(saved)
+        for (*_, momentum), saved in zip(self.stacks, state['momentum'], strict=True):
+            momentum.copy_(saved)
 
 def split_parameters(model):
     """(the 2D matrices of the blocks, for Muon; the embedding and the norm gains, for AdamW)."""
@@ -159,7 +175,7 @@ def split_parameters(model):
         (matrices if p.ndim == 2 and '.layers.' in name else others).append(p)
     return matrices, others
 
-def optimizers(model, c):
+def optimizers(model, c, dtype, compile):
     """(Muon, AdamW) of a model, with the rates and the decay of its config."""
     matrices, others = split_parameters(model)
     assert {id(p) for p in matrices + others} == {id(p) for p in model.parameters()}
@@ -167,7 +183,9 @@ def optimizers(model, c):
     device = others[0].device                               # a rate on the device changes without the host
     adamw = torch.optim.AdamW(others, lr=torch.tensor(c['adam_lr'], device=device), betas=(0.9, 0.95),
                               weight_decay=c['weight_decay'], fused=True, capturable=device.type == 'cuda')
-    return Muon(matrices, c['muon_lr'], c['weight_decay']), adamw
+    # the matrices may be bf16, which saves casting them and their gradients, where gradients are not added up
+    bf16 = dtype == 'bfloat16' and c['grad_accum'] == 1 and not dist.is_initialized()
+    return Muon(matrices, c['muon_lr'], c['weight_decay'], torch.bfloat16 if bf16 else torch.float32, compile), adamw
 
 def lr_scale(step, max_iters, warmup_iters):
     """Linear warm-up over min(warmup_iters, max_iters // 20) steps, then cosine to zero at max_iters."""
@@ -269,7 +287,8 @@ def training_step(model, muon, adamw, c, corpus, batches, start, dtype, compile)
     scales = torch.tensor([lr_scale(s, c['max_iters'], c['warmup_iters']) for s in range(c['max_iters'])],
                           device=device)
     now = torch.tensor([start], device=device)              # an index without dimensions would be read by the host
-    loss_sum = torch.zeros((), device=device)
+    loss_sum, one = torch.zeros((), device=device), torch.ones((), device=device)
+    matrices, others = split_parameters(model)
     loss_of = torch.compile(model) if compile else model
     torch._dynamo.config.recompile_limit = 64               # an experiment has more models than the default of 8
 
@@ -283,11 +302,14 @@ def training_step(model, muon, adamw, c, corpus, batches, start, dtype, compile)
         if world > 1:
             for p in model.parameters():
                 dist.all_reduce(p.grad)                     # a sum: the loss was already divided by the processes
-        if c['grad_clip']:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), c['grad_clip'])
-        scale = scales[now][0]
+        clip, scale = one, scales[now][0]
+        if c['grad_clip']:                                  # as torch.nn.utils.clip_grad_norm_, the norm in fp32
+            norms = [n for part in (matrices, others)
+                     for n in torch._foreach_norm([p.grad for p in part], dtype=torch.float32)]
+            clip = (c['grad_clip'] / (torch.stack(norms).norm() + 1e-6)).clamp(max=1)
+            torch._foreach_mul_([p.grad for p in others], clip)
         adamw.param_groups[0]['lr'].copy_(c['adam_lr'] * scale)
-        muon.step(scale)
+        muon.step(scale, clip)
         adamw.step()
         model.zero_grad(set_to_none=True)
         now.add_(1)
@@ -354,21 +376,22 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
     open_run(folder, c)
     max_iters = c['max_iters']
     ckpt_path, log_path = os.path.join(folder, 'ckpt.pt'), os.path.join(folder, 'log.jsonl')
-    muon, adamw = optimizers(model, c)
-    start, rows_digest = 0, shards.digest(rows)
+    start, rows_digest, ckpt = 0, shards.digest(rows), None
     if os.path.exists(ckpt_path):
         ckpt = read_checkpoint(folder, device)
         if ckpt.get('rows') != rows_digest:
             raise SystemExit(f'{ckpt_path}: was trained on rows in another order; delete {folder} and train again')
-        load_weights(model, ckpt, folder)
-        muon.load_state_dict(ckpt['optimizer']['muon'])
-        adamw.load_state_dict(ckpt['optimizer']['adamw'])
-        torch.set_rng_state(ckpt['rng'].cpu())
         start = ckpt['step']
         if start == max_iters:
             if rank == 0:
                 print(f'{folder}: finished, {max_iters} steps')
             return None
+        load_weights(model, ckpt, folder)
+        torch.set_rng_state(ckpt['rng'].cpu())
+    muon, adamw = optimizers(model, c, dtype, compile)      # takes the weights as they are now
+    if ckpt:
+        muon.load_state_dict(ckpt['optimizer']['muon'])
+        adamw.load_state_dict(ckpt['optimizer']['adamw'])
 
     # the corpus lives on the device and is indexed there
     train = torch.from_numpy(data.train.astype(np.int32)).to(device)                     # [N, block_size + 1]
@@ -422,7 +445,9 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
                         print(f'{folder}: step {step} of {max_iters}, val loss {val_loss:.4f}', flush=True)
                     if evaluating and step > start:
                         save_checkpoint(ckpt_path, {
-                            'model': model.state_dict(), 'step': step, 'rows': rows_digest,
+                            'model': model.state_dict() | {
+                                name: muon.master[p] for name, p in model.named_parameters() if p in muon.master},
+                            'step': step, 'rows': rows_digest,
                             'optimizer': {'muon': muon.state_dict(), 'adamw': adamw.state_dict()},
                             'rng': torch.get_rng_state()})
                 loss_sum.zero_()
