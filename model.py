@@ -39,6 +39,24 @@ def rotate(x, cos, sin):
     """Half-rotation RoPE: the pair (x_i, x_{i + head_dim/2}) turns by angle(t, i). x: [B, heads, T, head_dim]."""
     return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).to(x.dtype)          # a cat here would compile to slow code
 
+class Products(torch.autograd.Function):
+    """F.linear(x, W) for several W, forward as one product that reads x once. Backward they stay apart: the gradients
+    come from different places, and copying them together costs more than it saves. x: [B, T, n_embd]."""
+    @staticmethod
+    def forward(ctx, x, *weights):
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, torch.cat(weights)).split([len(w) for w in weights], dim=-1)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, *weights = ctx.saved_tensors
+        dx = sum(g @ w for g, w in zip(grads, weights))
+        return dx, *(g.flatten(0, -2).mT @ x.flatten(0, -2) for g in grads)
+
+def linears(x, *layers):
+    """[layer(x) for layer in layers], linear ones without bias."""
+    return Products.apply(x, *(layer.weight.to(x.dtype) for layer in layers))
+
 class Attention(nn.Module):
     def __init__(self, n_embd, n_head, n_kv_head, head_dim):
         super().__init__()
@@ -53,9 +71,10 @@ class Attention(nn.Module):
     def qkv(self, x, rope):
         """Queries [B, n_head, T, head_dim], keys and values [B, n_kv_head, T, head_dim]. rope: (cos, sin) or None."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.n_head, self.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q, k, v = linears(x, self.q_proj, self.k_proj, self.v_proj)
+        q = self.q_norm(q.view(B, T, self.n_head, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(k.view(B, T, self.n_kv_head, self.head_dim)).transpose(1, 2)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         if rope is not None:                                                  # the one switch: DroPE is rope=None
             q, k = rotate(q, *rope), rotate(k, *rope)
         return q, k, v.to(q.dtype)
@@ -90,7 +109,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(mlp_hidden, n_embd, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linears(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 class Block(nn.Module):
     def __init__(self, n_embd, n_head, n_kv_head, head_dim, mlp_hidden):

@@ -119,12 +119,12 @@ def momentum_step(grads, momentum, clip):
 def newton_schulz(x):
     """Five quintic Newton-Schulz steps towards the nearest semi-orthogonal matrix, in bf16. x: [n, rows, cols]
     (Jordan 2024, kellerjordan.github.io/posts/muon; the coefficients and rounding of torch.optim.Muon)."""
-    if x.size(1) > x.size(2):
-        return newton_schulz(x.mT).mT
     a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.size(1) > x.size(2)
     for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = x.mT @ x if tall else x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, gram, beta=a) if tall else torch.baddbmm(x, gram, x, beta=a)
     return x
 
 def weight_step(master, weights, update, lr, weight_decay):
@@ -289,7 +289,7 @@ def training_step(model, muon, adamw, c, corpus, batches, start, dtype, compile)
     now = torch.tensor([start], device=device)              # an index without dimensions would be read by the host
     loss_sum, one = torch.zeros((), device=device), torch.ones((), device=device)
     matrices, others = split_parameters(model)
-    loss_of = torch.compile(model) if compile else model
+    loss_of = torch.compile(model, options={'online_softmax': False}) if compile else model      # slower, in 2.11
     torch._dynamo.config.recompile_limit = 64               # an experiment has more models than the default of 8
 
     def step():
