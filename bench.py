@@ -26,7 +26,8 @@ from tqdm import tqdm
 import shards
 from configurator import SCRIPTS, block, configure
 from model import build
-from train import check, lr_scale, machine, memory_errors, optimizers, split_parameters, training_step, versions
+from train import (check, compiled, lr_scale, machine, memory_errors, optimizers, split_parameters, training_step,
+                   versions)
 
 # -----------------------------------------------------------------------------
 # config
@@ -158,7 +159,9 @@ def main(cfg):
     with memory_errors('a lower --batch_size needs less, and is another benchmark'):
         clock, startup = time.time(), time.time() - _began
         model = fresh()
-        step, loss_sum = training_step(model, *optimizers(model, c, dtype, compile), c, corpus, batches, 0, dtype, compile)
+        loss_of, both = compiled(model) if compile else model, optimizers(model, c, dtype, compile)
+        step, loss_sum = training_step(model, loss_of, *both, c, corpus, batches, 0, dtype,
+                                       compile and device.type == 'cuda')
         step()
         loss_sum.item()                                     # waits for the device
         compile_s = time.time() - clock

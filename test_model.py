@@ -96,7 +96,7 @@ def test_muon_is_torch_muon():
             q.grad = p.grad.clone()
         muon.step(torch.tensor(1 / (step + 1)), torch.ones(()))
         reference.step()
-    for group, *_, momentum in muon.stacks:
+    for group, momentum in zip(muon.groups, muon.momentum):
         for p, mine in zip(group, momentum):
             q = theirs[next(i for i, o in enumerate(ours) if o is p)]
             assert torch.equal(mine, reference.state[q]['momentum_buffer'])

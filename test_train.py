@@ -15,7 +15,7 @@ import torch
 import shards
 from bench import plain_step
 from model import build
-from train import dominant_topic, lr_scale, optimizers, row_order, training_step
+from train import compiled, dominant_topic, lr_scale, optimizers, row_order, training_step
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--head_dim=8', '--mlp_hidden=24', '--batch_size=8',
@@ -164,8 +164,9 @@ def step_losses(how, device='cpu', dtype='float32', steps=20, **changes):
         step = plain_step(model, c, corpus, batches, dtype)
         losses = [step().item() for _ in range(steps)]
     else:
-        step, loss_sum = training_step(model, *optimizers(model, c, dtype, how == 'compiled'), c, corpus, batches, 0,
-                                       dtype, how == 'compiled')
+        fast = how == 'compiled'
+        step, loss_sum = training_step(model, compiled(model) if fast else model, *optimizers(model, c, dtype, fast), c,
+                                       corpus, batches, 0, dtype, fast and device == 'cuda')
         losses = []
         for _ in range(steps):
             step()

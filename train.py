@@ -110,11 +110,15 @@ def condition(c):
 # optimizers
 
 def momentum_step(grads, momentum, clip):
-    """Nesterov momentum, in place, of matrices of one shape: the start of Newton-Schulz, bf16 [n, rows, cols]."""
-    grad = torch.stack(grads).float() * clip
-    momentum.lerp_(grad, 1 - 0.95)
-    x = grad.lerp(momentum, 0.95).bfloat16()
-    return x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    """Nesterov momentum, in place: what Newton-Schulz starts from, bf16 [n, rows, cols] for each shape. Of each shape
+    grads has the list of [rows, cols], momentum the stack; clip: a factor [] of all gradients."""
+    starts = []
+    for grad, m in zip(grads, momentum):
+        grad = torch.stack(grad).float() * clip
+        m.lerp_(grad, 1 - 0.95)
+        x = grad.lerp(m, 0.95).bfloat16()
+        starts.append(x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
+    return starts
 
 def newton_schulz(x):
     """Five quintic Newton-Schulz steps towards the nearest semi-orthogonal matrix, in bf16. x: [n, rows, cols]
@@ -127,12 +131,14 @@ def newton_schulz(x):
         x = torch.baddbmm(x, x, gram, beta=a) if tall else torch.baddbmm(x, gram, x, beta=a)
     return x
 
-def weight_step(master, weights, update, lr, weight_decay):
-    """Decay and update the fp32 weights, and the copy of them that the model works with, in place; all [n, r, c]."""
-    rate = lr * math.sqrt(max(1, update.size(1) / update.size(2)))
-    master.mul_(1 - lr * weight_decay).sub_(update.float() * rate)
-    if weights is not master:
-        weights.copy_(master)
+def weight_step(masters, weights, updates, lr, weight_decay):
+    """Decay and update the fp32 weights, and the copy of them that the model works with, in place; [n, rows, cols]
+    of each shape."""
+    for master, its, update in zip(masters, weights, updates):
+        rate = lr * math.sqrt(max(1, update.size(1) / update.size(2)))
+        master.mul_(1 - lr * weight_decay).sub_(update.float() * rate)
+        if its is not master:
+            its.copy_(master)
 
 class Muon:
     """
@@ -142,31 +148,32 @@ class Muon:
     updates fp32 ones (`master`: parameter -> its fp32 weights), as autocast would have them cast at every step.
     """
     def __init__(self, params, lr, weight_decay, dtype=torch.float32, compile=False):
-        self.lr, self.weight_decay, self.master, self.stacks, groups = lr, weight_decay, {}, [], {}
+        groups = {}
         for p in params:
             groups.setdefault(p.shape, []).append(p)
-        for group in groups.values():
-            master = torch.stack([p.detach() for p in group])                            # [n, rows, cols]
-            weights = master.to(dtype)                      # master itself where that is fp32
+        self.lr, self.weight_decay, self.groups, self.master = lr, weight_decay, list(groups.values()), {}
+        self.masters = [torch.stack([p.detach() for p in group]) for group in self.groups]
+        self.weights = [master.to(dtype) for master in self.masters]     # the same tensor where that is fp32
+        self.momentum = [torch.zeros_like(master) for master in self.masters]
+        for group, master, weights in zip(self.groups, self.masters, self.weights):
             for p, mine, its in zip(group, master, weights):
                 p.data, self.master[p] = its, mine
-            self.stacks.append((group, master, weights, torch.zeros_like(master)))
         fused = (lambda f: torch.compile(f, dynamic=False)) if compile else lambda f: f
         self.momentum_step, self.weight_step = fused(momentum_step), fused(weight_step)
 
     @torch.no_grad()
     def step(self, scale, clip):
         """scale: what the schedule makes of the rate, clip: what clipping makes of the gradient; fp32 [], on device."""
-        for group, master, weights, momentum in self.stacks:
-            update = newton_schulz(self.momentum_step([p.grad for p in group], momentum, clip))
-            self.weight_step(master, weights, update, self.lr * scale, self.weight_decay)
+        starts = self.momentum_step([[p.grad for p in group] for group in self.groups], self.momentum, clip)
+        updates = [newton_schulz(x) for x in starts]
+        self.weight_step(self.masters, self.weights, updates, self.lr * scale, self.weight_decay)
 
     def state_dict(self):
-        return {'momentum': [momentum for *_, momentum in self.stacks]}
+        return {'momentum': self.momentum}
 
     def load_state_dict(self, state):
-        for (*_, momentum), saved in zip(self.stacks, state['momentum'], strict=True):
-            momentum.copy_(saved)
+        for mine, saved in zip(self.momentum, state['momentum'], strict=True):
+            mine.copy_(saved)
 
 def split_parameters(model):
     """(the 2D matrices of the blocks, for Muon; the embedding and the norm gains, for AdamW)."""
@@ -275,13 +282,23 @@ def memory_errors(hint):
 # -----------------------------------------------------------------------------
 # the step
 
-def training_step(model, muon, adamw, c, corpus, batches, start, dtype, compile):
+def compiled(model):
+    """The model as torch.compile makes it: one compilation for all models of its shape, whatever their weights."""
+    import torch._dynamo                                    # only here: it takes a while
+    import torch._functorch.config
+    torch._dynamo.config.recompile_limit = 64               # an experiment has more shapes than the default of 8
+    if hasattr(torch._functorch.config, 'autograd_cache_allow_custom_autograd_functions'):
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True    # else model.Products is not
+    return torch.compile(model, options={'online_softmax': False})                       # cached. False: faster here
+
+def training_step(model, loss_of, muon, adamw, c, corpus, batches, start, dtype, graph):
     """
     (step, loss_sum): a function without arguments that makes one optimizer step, and the sum [] of its mean losses.
 
     Whatever a step reads is on the device, its own number and learning rate too: nothing waits for the host, and all
     of it, optimizers included, can be one CUDA graph. corpus: int32 [N, block_size + 1]. batches: rows of it, int64
-    [max_iters, grad_accum, micro], those of this process. start: the first step. c: the run's config.
+    [max_iters, grad_accum, micro], those of this process. start: the first step. c: the run's config. loss_of: the
+    model, or what `compiled` made of it. graph: capture it.
     """
     device, world = corpus.device, dist.get_world_size() if dist.is_initialized() else 1
     scales = torch.tensor([lr_scale(s, c['max_iters'], c['warmup_iters']) for s in range(c['max_iters'])],
@@ -289,8 +306,6 @@ def training_step(model, muon, adamw, c, corpus, batches, start, dtype, compile)
     now = torch.tensor([start], device=device)              # an index without dimensions would be read by the host
     loss_sum, one = torch.zeros((), device=device), torch.ones((), device=device)
     matrices, others = split_parameters(model)
-    loss_of = torch.compile(model, options={'online_softmax': False}) if compile else model      # slower, in 2.11
-    torch._dynamo.config.recompile_limit = 64               # an experiment has more models than the default of 8
 
     def step():
         for rows in batches[now][0]:
@@ -314,7 +329,7 @@ def training_step(model, muon, adamw, c, corpus, batches, start, dtype, compile)
         model.zero_grad(set_to_none=True)
         now.add_(1)
 
-    return (graphed(step) if compile and device.type == 'cuda' and world == 1 else step), loss_sum
+    return (graphed(step) if graph else step), loss_sum
 
 def graphed(step, warmup=3):
     """
@@ -346,15 +361,15 @@ def autocast(device, dtype):
 # -----------------------------------------------------------------------------
 # the training loop, for train.py and drope.py alike
 
-@torch.no_grad()
-def evaluate(model, tokens, micro, dtype):
-    """Mean cross-entropy in nats over validation rows [N, block_size + 1]; draws nothing at random."""
+def evaluate(model, loss_of, tokens, micro, dtype):
+    """Mean cross-entropy in nats over validation rows [N, block_size + 1]; draws nothing at random. loss_of: the model,
+    or what `compiled` made of it: that knows batches of `micro` rows with gradients, others it would compile anew."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = torch.zeros(2, dtype=torch.float64, device=tokens.device)
     for batch in tokens[rank::world].split(micro):
-        x = batch.long()
-        with autocast(tokens.device, dtype):
-            total[0] += model(x[:, :-1], x[:, 1:]).double() * len(x)
+        x, f = batch.long(), loss_of if len(batch) == micro else model
+        with autocast(tokens.device, dtype), torch.set_grad_enabled(f is not model):
+            total[0] += f(x[:, :-1], x[:, 1:]).detach().double() * len(x)
         total[1] += len(x)
     if world > 1:
         dist.all_reduce(total)
@@ -398,7 +413,8 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
     val = torch.from_numpy(data.val[:c['eval_rows']].astype(np.int32)).to(device)
     batches = torch.from_numpy(rows).to(device).view(max_iters, c['grad_accum'], world, micro)
     topics_of = labels[rows].reshape(max_iters, -1)                                      # [max_iters, batch_size]
-    step_once, loss_sum = training_step(model, muon, adamw, c, train, batches[:, :, rank], start, dtype, compile)
+    loss_of, graph = compiled(model) if compile else model, compile and device.type == 'cuda' and world == 1
+    one_step, loss_sum = training_step(model, loss_of, muon, adamw, c, train, batches[:, :, rank], start, dtype, graph)
 
     lines = []                                              # log.jsonl up to the checkpoint; a crash may have gone past
     if os.path.exists(log_path):
@@ -428,7 +444,7 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
                 if not math.isfinite(loss):
                     raise SystemExit(diverged.format('loss', loss, step))
                 tok_s = (step - logged) * c['batch_size'] * (train.size(1) - 1) / max(time.time() - clock, 1e-9)
-                val_loss = evaluate(model, val, micro, dtype) if evaluating else None
+                val_loss = evaluate(model, loss_of, val, micro, dtype) if evaluating else None
                 if evaluating and not math.isfinite(val_loss):
                     raise SystemExit(diverged.format('validation loss', val_loss, step))
                 if rank == 0:
@@ -455,7 +471,7 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
             if last:
                 break
 
-            step_once()
+            one_step()
             bar.update()
     except Exception as e:
         if type(e).__module__.startswith(('torch._dynamo', 'torch._inductor')):
