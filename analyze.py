@@ -8,6 +8,7 @@ defined in measures.py. --causal=False is for one comparison only: it takes the 
 did, and writes the two columns that this gives (entropy, within share) to analysis_unmasked.json.
 """
 import base64
+import contextlib
 import json
 import math
 import os
@@ -31,12 +32,16 @@ run = ''                    # folder of the run
 analysis_rows = 400         # validation rows, the first ones
 probe_tokens = 50_000       # at most, half to train the probes and half, from other rows, to test them
 null_draws = 1000           # label exchanges behind O's z and p
+ablation_draws = 5          # sets of random heads that are ablated beside the topical ones
+light = False               # true: losses, P, O and probes alone, without null, controls, ablation and circuits
 causal = True               # false: the log's unmasked columns instead
 device = ''                 # as in train.py
 
 # -----------------------------------------------------------------------------
 
-SETTINGS = ('analysis_rows', 'probe_tokens', 'null_draws')      # kept in analysis.json: others are another analysis
+SETTINGS = ('analysis_rows', 'probe_tokens', 'null_draws', 'ablation_draws', 'light')      # kept in analysis.json
+ABLATED = (1, 2, 4, 8)      # heads at a time
+NEAR, FAR = 4, 32           # right after a boundary: fewer tokens than this; far from one: at least this many
 
 def tidy(x, digits=6):
     """Arrays and floats as JSON: nested lists, that many significant digits, nan as null."""
@@ -77,13 +82,64 @@ def circuits(model, theta):
     rank = measures.effective_rank
     return {'qk': qk, 'ov': ov, 'qk_rank': {d: rank(s) for d, s in qk.items()}, 'ov_rank': rank(ov)}
 
+@contextlib.contextmanager
+def ablated(model, means, heads):
+    """The model with the outputs of some heads, [(layer, head)], replaced by their means [L][T, n_head * head_dim]."""
+    def replace(attention, mean, which):
+        def hook(_, args):
+            y = args[0].clone()                                                            # [B, T, n_head * head_dim]
+            for h in which:
+                part = slice(h * attention.head_dim, (h + 1) * attention.head_dim)
+                y[..., part] = mean[:, part]
+            return (y,)
+        return attention.o_proj.register_forward_pre_hook(hook)
+    hooks = [replace(b.self_attn, means[layer], [h for at, h in heads if at == layer])
+             for layer, b in enumerate(model.model.layers)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+@torch.no_grad()
+def ablation(model, tokens, z, score, entropy, draws, seed):
+    """
+    What the most topical heads are for: losses on the second half of the rows with k heads mean-ablated, the means and
+    the ranking from the first half, beside k random and k heads of like entropy. tokens [n, T + 1], z [n, T], score
+    and entropy [L, H]. near: the first tokens after a boundary, far: those well inside a run; nats.
+    """
+    half, generator, means = len(tokens) // 2, torch.Generator().manual_seed(seed), {}
+    at = lambda part: ((x[:, :-1], x[:, 1:]) for x in part.split(16))
+    hooks = [b.self_attn.o_proj.register_forward_pre_hook(
+        lambda _, args, layer=layer: means.__setitem__(layer, means.get(layer, 0) + args[0].sum(0) / half))
+        for layer, b in enumerate(model.model.layers)]
+    for x, y in at(tokens[:half]):
+        model(x, y)
+    for hook in hooks:
+        hook.remove()
+    distance = measures.distance_from_boundary(z[half:])
+    def losses(heads):
+        with ablated(model, means, heads):
+            loss = torch.cat([model(x, y) for x, y in at(tokens[half:])])                  # [n / 2, T]
+        parts = {'loss': loss, 'near': loss[(distance >= 0) & (distance < NEAR)], 'far': loss[distance >= FAR]}
+        return {k: v.mean().item() for k, v in parts.items()}
+    result = {'k': [k for k in ABLATED if k <= score.size // 2], 'near_below': NEAR, 'far_from': FAR,
+              'none': losses([]), 'topical': [], 'random': [], 'entropy': []}
+    for k in result['k']:
+        picks = [measures.ablation_heads(score, entropy, k, generator) for _ in range(draws)]
+        sets = [losses(pick['random']) for pick in picks]
+        result['topical'].append(losses(picks[0]['top']))
+        result['entropy'].append(losses(picks[0]['matched']))
+        result['random'].append({key: float(np.mean([s[key] for s in sets])) for key in sets[0]})
+    return result
+
 def show(x, form):
     """A number, or a dash where it is undefined."""
     return '—' if x is None else format(x, form)
 
 def check(cfg):
     """Stops with one line at the first setting that can't work."""
-    for key, least in (('analysis_rows', 4), ('probe_tokens', 100), ('null_draws', 1)):
+    for key, least in {'analysis_rows': 4, 'probe_tokens': 100, 'null_draws': 1, 'ablation_draws': 1}.items():
         if getattr(cfg, key) < least:
             raise SystemExit(f'{key} = {getattr(cfg, key)}: must be at least {least}')
 
@@ -120,57 +176,108 @@ def main(cfg):
     generator = torch.Generator().manual_seed(c['seed'])
     probe_at = measures.probe_tokens(n_rows, T, cfg.probe_tokens, generator)               # indices into rows x T
     sums = [[None] * L, [None] * L]
-    activations = [[[], []] for _ in range(L + 1)]
-    with memory_errors('analyse on a device with more of it, such as --device=cpu'):
-        for b in progress(batches, desc=f'analyse {os.path.relpath(cfg.run)}', unit='batch', leave=False):
-            half = sums[b.start >= n_rows // 2]
+    half = n_rows // 2
+    free, known = [None] * L, [None] * L                    # content-free fit, mean pattern: of the first half
+    overlap = [[[], []] for _ in range(L)]
+    def activations(model, desc, attend=lambda *_: None):
+        """Hidden states at the probes' tokens, [L + 1][train, test] of [n, n_embd]; patterns go to `attend`."""
+        found = [[[], []] for _ in range(L + 1)]
+        for b in progress(batches, desc=desc, unit='batch', leave=False):
             for layer, (hidden, pattern) in enumerate(model.trace(tokens[b])):
                 flat = hidden.flatten(0, 1)                                                # [rows * T, n_embd]
                 for split, at in enumerate(probe_at):
                     mine = at[(at >= b.start * T) & (at < b.stop * T)] - b.start * T
-                    activations[layer][split].append(flat[mine.to(device)])
+                    found[layer][split].append(flat[mine.to(device)])
                 if pattern is not None:
-                    part = measures.attention_sums(pattern, z[b], c['n_topics'])
-                    half[layer - 1] = measures.add(half[layer - 1], part)
+                    attend(layer - 1, pattern, b)
+        return [[torch.cat(part) for part in parts] for parts in found]
+    def attend(layer, pattern, b):
+        mine = sums[b.start >= half]
+        mine[layer] = measures.add(mine[layer], measures.attention_sums(pattern, z[b], c['n_topics']))
+        if b.start >= half and not cfg.light:
+            if free[layer] is None:
+                known[layer] = sums[0][layer]['S'] / half
+                free[layer] = measures.free_fit(known[layer])
+            for found, pattern_of in zip(overlap[layer], (free[layer], known[layer])):
+                found.append(measures.overlap(pattern, pattern_of))
+    with memory_errors('analyse on a device with more of it, such as --device=cpu'):
+        states = activations(model, f'analyse {os.path.relpath(cfg.run)}', attend)
 
     # ---- attention
     p_half = np.stack([measures.score_p(s) for s in sums[0]])                              # [L, H], on half the rows
+    entropy_half = np.stack([(s['entropy'].mean(0) / T).cpu().numpy() for s in sums[0]])
     layers = [measures.add(a, b) for a, b in zip(*sums)]
-    nulls = [measures.o_null(s, cfg.null_draws, seed=c['seed']) for s in layers]           # same draws for all heads
-    by_layer = [measures.head_measures(s, null=n) for s, n in zip(layers, nulls)]
+    nulls = [measures.o_null(s, 1 if cfg.light else cfg.null_draws, seed=c['seed']) for s in layers]
+    by_layer = [measures.head_measures(s, null=n) for s, n in zip(layers, nulls)]          # same draws for all heads
     heads = {name: np.stack([m[name] for m in by_layer]) for name in by_layer[0]}          # name -> [L, H]
-    joined = (np.concatenate(parts, axis=-1) for parts in zip(*nulls))
-    heads['o_p_max'] = measures.max_statistic(*joined).reshape(L, H)
-    # the heads to look at are chosen on one half of the rows and drawn from the other: its first row of most runs
-    second = z[n_rows // 2:].cpu()
-    row = n_rows // 2 + measures.runs(second)[1].argmax().item()
-    patterns = [p[0] for _, p in model.trace(tokens[row:row + 1]) if p is not None]        # L of [H, T, T]
-    ranked = np.nan_to_num(p_half).ravel().argsort()
-    maps = [pattern_map(patterns[i // H][i % H], z[row].cpu(), which, i // H, i % H, tidy(float(p_half.flat[i])))
-            for which, i in (('most topical', int(ranked[-1])), ('least topical', int(ranked[0])))]
+    maps, ablation_of = [], None
+    if cfg.light:
+        del heads['o_z'], heads['o_p']
+    else:
+        joined = (np.concatenate(parts, axis=-1) for parts in zip(*nulls))
+        heads['o_p_max'] = measures.max_statistic(*joined).reshape(L, H)
+        for k, name in enumerate(('free_fit', 'free_ceiling')):
+            heads[name] = torch.stack([torch.cat(layer[k]).mean(0) for layer in overlap]).cpu().numpy()
+        # the heads to look at are chosen on one half of the rows and drawn from the other: its first row of most runs
+        row = half + measures.runs(z[half:].cpu())[1].argmax().item()
+        patterns = [p[0] for _, p in model.trace(tokens[row:row + 1]) if p is not None]    # L of [H, T, T]
+        ranked = np.nan_to_num(p_half).ravel().argsort()
+        maps = [pattern_map(patterns[i // H][i % H], z[row].cpu(), which, i // H, i % H, tidy(float(p_half.flat[i])))
+                for which, i in (('most topical', int(ranked[-1])), ('least topical', int(ranked[0])))]
+        whole = torch.from_numpy(data.val[:n_rows].astype(np.int64)).to(device)            # [n_rows, T + 1]
+        ablation_of = ablation(model, whole, z, p_half, entropy_half, cfg.ablation_draws, c['seed'])
 
     # ---- probes: train and test tokens come from different rows
-    train_at, test_at = (at.numpy() for at in probe_at)
-    x, y = tokens.flatten().cpu().numpy(), z.flatten().cpu().numpy()
-    distance = measures.distance_from_boundary(z).flatten().cpu().numpy()[test_at]
-    labels = [torch.from_numpy(y[at]).to(device) for at in (train_at, test_at)]
-    correct = [(measures.probe(torch.cat(train), labels[0], torch.cat(test)) == labels[1]).cpu().numpy()
-               for train, test in progress(activations, desc='probes', unit='layer', leave=False)]
+    train_at, test_at = (at.to(device) for at in probe_at)
+    x, y = tokens.flatten(), z.flatten()
+    distance = measures.distance_from_boundary(z).flatten()[test_at].cpu().numpy()
+    def guesses(states, labels, desc='probes'):
+        """For each layer, which test tokens a probe trained on labels [n_rows * T] names rightly."""
+        return [(measures.probe(train, labels[train_at], test) == labels[test_at]).cpu().numpy()
+                for train, test in progress(states, desc=desc, unit='layer', leave=False)]
+    correct = guesses(states, y)
     by_distance = [measures.by_distance(k, distance) for k in correct]
+    y_train, y_test, x_train, x_test = (v[at].cpu().numpy() for v in (y, x) for at in (train_at, test_at))
     probe = {'accuracy': [k.mean() for k in correct], 'train_tokens': len(train_at), 'test_tokens': len(test_at),
-             'majority': measures.majority(y[train_at], y[test_at]), 'ceiling': None, 'ceiling_by_distance': None,
-             'token': measures.token_identity(x[train_at], y[train_at], x[test_at], y[test_at], c['vocab_size']),
+             'majority': measures.majority(y_train, y_test), 'ceiling': None, 'ceiling_by_distance': None,
+             'token': measures.token_identity(x_train, y_train, x_test, y_test, c['vocab_size']),
              'distance': by_distance[0]['distance'], 'by_distance': [d['accuracy'] for d in by_distance],
              'count_by_distance': by_distance[0]['count']}
-    if data.val_posterior is not None:
-        posterior = np.asarray(data.val_posterior[:n_rows, :-1], np.float32).reshape(n_rows * T, -1)[test_at]
-        probe['ceiling'] = measures.posterior_accuracy(posterior, y[test_at])
-        probe['ceiling_by_distance'] = measures.by_distance(posterior.argmax(-1) == y[test_at], distance)['accuracy']
+    posterior = data.val_posterior
+    if posterior is not None:
+        posterior = torch.from_numpy(np.asarray(posterior[:n_rows, :-1], np.float32)).to(device).flatten(0, 1)
+        guess = posterior[test_at].cpu().numpy()
+        probe['ceiling'] = measures.posterior_accuracy(guess, y_test)
+        probe['ceiling_by_distance'] = measures.by_distance(guess.argmax(-1) == y_test, distance)['accuracy']
+    if not cfg.light:
+        fresh = build(c, torch.Generator().manual_seed(c['seed'])).to(device)
+        embedded = model.model.embed_tokens(tokens).detach()                               # [n_rows, T, n_embd]
+        running = {}
+        for window in (None, 8, 32, 128):
+            (name, means), = measures.running_means(embedded, (window,)).items()
+            means = means.flatten(0, 1)
+            running[name] = guesses([[means[train_at], means[test_at]]], y, f'running means, {name}')[0].mean()
+        control = measures.control_labels(c['vocab_size'], c['n_topics'], c['seed']).to(device)[x]
+        mixed = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(c['seed'])).to(device)]
+        shuffled = measures.probe(states[L // 2][0], mixed[train_at], states[L // 2][1]) == y[test_at]
+        probe |= {'running_mean': running, 'shuffled': shuffled.double().mean().item(),
+                  'init': [k.mean() for k in guesses(activations(fresh, 'random init'), y, 'probes of random init')],
+                  'control': [k.mean() for k in guesses(states, control, 'control task')],
+                  'baseline': max(probe['majority'], probe['token'], *running.values()),
+                  'normalised': None, 'posterior_r2': None}
+        probe['selectivity'] = [a - b for a, b in zip(probe['accuracy'], probe['control'])]
+        if posterior is not None:
+            room = probe['ceiling'] - probe['baseline']
+            if room > 0.01:                                 # 0: nothing beyond simple statistics, 1: the Bayes filter
+                probe['normalised'] = [(a - probe['baseline']) / room for a in probe['accuracy']]
+            probe['posterior_r2'] = [measures.posterior_r2(train, posterior[train_at], test, posterior[test_at])
+                                     for train, test in states]
 
     # ---- circuits, beside those of the same model before training
-    spectra = circuits(model, c['rope_theta'])
-    fresh = circuits(build(c, torch.Generator().manual_seed(c['seed'])), c['rope_theta'])
-    spectra['init'] = {k: fresh[k] for k in ('qk_rank', 'ov_rank')}
+    spectra = None
+    if not cfg.light:
+        spectra, before = circuits(model, c['rope_theta']), circuits(fresh, c['rope_theta'])
+        spectra['init'] = {k: before[k] for k in ('qk_rank', 'ov_rank')}
 
     records = [json.loads(line) for line in open(os.path.join(cfg.run, 'log.jsonl'))]
     result = {
@@ -180,7 +287,8 @@ def main(cfg):
         'n_topics': c['n_topics'], 'block_size': T, 'rows': n_rows, 'causal': True, **versions(device),
         'heads': tidy(heads), 'mean': tidy({k: float(np.nanmean(v)) if not np.isnan(v).all() else None
                                             for k, v in heads.items()}),
-        'uniform': tidy(measures.uniform_measures(z)), 'probe': tidy(probe), 'circuits': tidy(spectra, 4), 'maps': maps,
+        'uniform': tidy(measures.uniform_measures(z)), 'probe': tidy(probe),
+        'ablation': tidy(ablation_of), 'circuits': tidy(spectra, 4), 'maps': maps,
         'settings': {k: getattr(cfg, k) for k in SETTINGS}, 'seconds': round(time.time() - clock, 2)}
     shards.write_json(os.path.join(cfg.run, 'analysis.json'), result)
     middle = L // 2

@@ -51,7 +51,7 @@ def plain_step(model, c, corpus, batches, dtype):
         for rows in batches[n]:
             x = corpus[rows].long()
             with torch.autocast(corpus.device.type, torch.bfloat16, dtype == 'bfloat16'):
-                loss = model(x[:, :-1], x[:, 1:]) / c['grad_accum']
+                loss = model(x[:, :-1], x[:, 1:]).mean() / c['grad_accum']
             loss.backward()
             total = total + loss.detach()
         if c['grad_clip']:

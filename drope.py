@@ -19,7 +19,8 @@ from train import RAISE_GRAD_ACCUM, data_folder, dominant_topic, fit, machine, m
 # config
 
 run = ''                    # folder of the trained run
-recal_iters = (0.01,)       # lengths: below 1 a fraction of the parent's steps, else steps; the first is the main one
+recal_iters = (0.01,)       # lengths: below 1 a fraction of the parent's steps, else steps; the first is the main one,
+                            # 0 drops RoPE and trains no further
 keep_rope = False           # true: the RoPE-kept control
 recal_lr_scale = 1.0        # the parent's learning rates times this
 grad_accum = 1              # as in train.py
@@ -32,8 +33,8 @@ compile: bool = None        # as in train.py
 RECAL_STREAM = 1            # of row_order: other draws than training's, the same in every arm
 
 def recal_steps(length, parent_steps):
-    """Steps of a recalibration length: at least 1."""
-    return max(1, round(length * parent_steps)) if length < 1 else int(length)
+    """Steps of a recalibration length: at least 1, unless it is 0."""
+    return max(1, round(length * parent_steps)) if 0 < length < 1 else int(length)
 
 def recal_folder(parent, length, main_length, parent_steps, keep_rope):
     """Where the recalibration of a parent folder .../<condition>_rope/seed<k> goes."""
@@ -80,14 +81,15 @@ def recalibrate(cfg, length):
 
 def check(cfg):
     """Stops with one line at the first setting that can't work."""
-    if min(cfg.recal_iters) <= 0:
-        raise SystemExit(f'recal_iters = {cfg.recal_iters}: lengths above 0, as 0.01 or 100 or 0.01,0.1')
+    if min(cfg.recal_iters) < 0 or cfg.recal_iters[0] == 0:
+        raise SystemExit(f'recal_iters = {cfg.recal_iters}: lengths as 0.01 or 100 or 0.01,0.1,0; the first above 0')
 
 def main(cfg):
     check(cfg)
     if not cfg.run:
         raise SystemExit('drope.py: --run=FOLDER, the trained run to drop RoPE from')
-    return [recalibrate(cfg, length) for length in cfg.recal_iters]
+    lengths = [length for length in cfg.recal_iters if length or not cfg.keep_rope]     # kept at 0 is the parent
+    return [recalibrate(cfg, length) for length in lengths]
 
 if __name__ == '__main__':
     main(configure(__file__))

@@ -7,7 +7,7 @@ to rounding. Rows are the unit of every error: tokens of a row share a few runs,
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
+from scipy.optimize import minimize, nnls
 from threadpoolctl import threadpool_limits
 
 EPS = 0.01                                  # uniform attention's share in P and O: a head without far mass scores 0
@@ -257,6 +257,64 @@ def head_measures(sums, draws=1000, seed=0, null=None):
     return out
 
 # ---------------------------------------------------------------------------------------------------------------
+# how much of a head's attention a pattern that knows positions alone can cover
+
+def free_patterns(T):
+    """Causal patterns without content [K,T,T], fp64, rows sum to 1; K = 15.
+
+    With d = t-s: uniform, first (s=0), self, previous (self at t=0), 1/(d+1), the last 8/32/128 keys, exp(-d/l) for
+    l = 2, 4, .., 128. Where T is short some coincide.
+    """
+    t = torch.arange(T)
+    d = (t[:, None] - t).clamp(min=0).double()                                     # [T,T]
+    weight = [torch.ones(T, T), (t == 0).expand(T, T), d == 0, d == (t[:, None] > 0), 1 / (d + 1),
+              *(d < w for w in (8, 32, 128)), *(torch.exp(-d / 2 ** i) for i in range(1, 8))]
+    weight = torch.stack([w.double() for w in weight]).tril()
+    return weight / weight.sum(-1, keepdim=True)
+
+def free_fit(mean):
+    """Non-negative least squares of mean patterns [H,T,T] (sums['S'] / n) on free_patterns: [H,T,T], rows sum to 1.
+
+    With X = QR the w that minimises |X w - m| also minimises |R w - Q'm|, which is K x K.
+    """
+    H, T, _ = mean.shape
+    X = free_patterns(T).to(mean.device)                                           # [K,T,T]
+    Q, R = torch.linalg.qr(X.flatten(1).mT)                                        # [T*T,K], [K,K]
+    target = mean.double().flatten(1) @ Q                                          # [H,K]
+    weights = np.stack([nnls(_numpy(R), y)[0] for y in _numpy(target)])            # [H,K]
+    weights /= weights.sum(1, keepdims=True)                                       # so that rows of the fit sum to 1
+    return torch.einsum('hk,kts->hts', torch.from_numpy(weights).to(X), X)
+
+def overlap(A, pattern):
+    """Mass that A [B,H,T,T] shares with pattern [H,T,T]: mean over queries of sum_s min(A, pattern) [B,H], 1 if equal.
+
+    For rows the pattern was not fitted on; the ceiling is that of their mean pattern in place of the fit. What a fit
+    leaves over is not topical by itself. Peak memory: one more A in fp64.
+    """
+    return torch.minimum(A.double(), pattern.double()).sum(-1).mean(-1)
+
+# ---------------------------------------------------------------------------------------------------------------
+# which heads to ablate
+
+def ablation_heads(score, entropy, k, generator):
+    """Heads to ablate: score [L,H] to rank by (nan is lowest), mean entropy [L,H] -> lists of (layer, head).
+
+    {'top': the k of highest score, 'random': k of the others drawn from a torch.Generator, 'matched': for each of the
+    top in turn the other head of nearest entropy not yet taken}. The last two are shorter where others run out.
+    """
+    score, entropy = np.asarray(score, float), np.asarray(entropy, float)
+    order = np.where(np.isnan(score), np.inf, -score).ravel().argsort(kind='stable')
+    top, others = order[:k].tolist(), order[k:].tolist()
+    draw = torch.randperm(len(others), generator=generator)[:k].tolist()
+    matched, left = [], others.copy()
+    for head in top[:len(others)]:
+        nearest = min(left, key=lambda i: abs(entropy.flat[i] - entropy.flat[head]))
+        left.remove(nearest)
+        matched.append(nearest)
+    split = lambda heads: [divmod(i, score.shape[1]) for i in heads]
+    return {'top': split(top), 'random': split(others[i] for i in draw), 'matched': split(matched)}
+
+# ---------------------------------------------------------------------------------------------------------------
 # probes
 
 def probe_tokens(n_rows, block, max_tokens, generator):
@@ -270,6 +328,10 @@ def probe_tokens(n_rows, block, max_tokens, generator):
         out.append(tokens[torch.randperm(len(tokens), generator=generator)[:max_tokens // 2]].sort().values)
     return out
 
+def _mean_sd(x):
+    mean, sd = x.mean(0), x.std(0, correction=0)
+    return mean, torch.where(sd > 1e-6 * mean.abs(), sd, 1.)                       # constant but for rounding
+
 def probe(x_train, y_train, x_test, C=1.0, tol=1e-4):
     """Logistic regression on standardised activations: x [n,d], y [n] topics (tensors) -> predicted topics of x_test.
 
@@ -277,8 +339,7 @@ def probe(x_train, y_train, x_test, C=1.0, tol=1e-4):
     tol 1e-4 gives the converged accuracy to 0.1 points (25,000 x 512, 5 topics), 1e-3 up to a whole point less.
     """
     topics, y = y_train.unique(return_inverse=True)                                # the K topics there are, as 0..K-1
-    mean, sd = x_train.mean(0), x_train.std(0, correction=0)
-    sd = torch.where(sd > 1e-6 * mean.abs(), sd, 1.)                               # constant but for rounding
+    mean, sd = _mean_sd(x_train)
     ones = lambda x: F.pad((x - mean) / sd, (0, 1), value=1.)                      # [n,d+1]
     x, n, K = ones(x_train), len(y), len(topics)
     onehot = F.one_hot(y).to(x)
@@ -293,6 +354,42 @@ def probe(x_train, y_train, x_test, C=1.0, tol=1e-4):
         w = minimize(loss, np.zeros(K * x.shape[1]), jac=True, method='L-BFGS-B',
                      options=dict(maxiter=5000, maxls=50, gtol=tol, ftol=64 * np.finfo(float).eps)).x
     return topics[(ones(x_test) @ torch.from_numpy(w).to(x).view(K, -1).mT).argmax(1)]
+
+def running_means(x, windows=(None, 8, 32, 128)):
+    """Means of embeddings [B,T,d] over the last w tokens, this one included: {'all': [B,T,d], '8': ..., ...}.
+
+    None is all tokens so far. What a probe could read without any attention to content. Sums in fp64, results as x.
+    """
+    T = x.shape[1]
+    t = torch.arange(1, T + 1, device=x.device)
+    total, out = x.double().cumsum(1), {}                                          # [B,T,d]
+    for w in windows:
+        n = t.clamp(max=w or T)                                                    # [T] tokens in the mean
+        before = F.pad(total, (0, 0, w or T, 0))[:, :T]                            # w tokens ago: 0 where t < w
+        out[str(w or 'all')] = ((total - before) / n[:, None]).to(x)
+    return out
+
+def control_labels(vocab, n_topics, seed):
+    """A control task (Hewitt & Liang 2019): one random label < n_topics for each token type, int64 [vocab].
+
+    A probe learns it by remembering tokens only; selectivity is the accuracy on topics less the accuracy on this.
+    """
+    return torch.randint(n_topics, (vocab,), generator=torch.Generator().manual_seed(seed))
+
+def posterior_r2(x_train, p_train, x_test, p_test, floor=1e-4, ridge=1e-6):
+    """R^2 on test tokens of log posteriors from activations: x [n,d], p [n,K] clipped below at floor, a float.
+
+    Least squares on standardised x, on x's device in fp64; squares pooled over the K outputs, against the train mean.
+    ridge, in units of the inputs' variance, is for directions that do not vary.
+    """
+    y_train, y_test = (p.to(x_train.device).double().clamp(min=floor).log() for p in (p_train, p_test))
+    x_train, x_test = x_train.double(), x_test.double()
+    (mean, sd), center = _mean_sd(x_train), y_train.mean(0)
+    x = (x_train - mean) / sd                                                      # [n,d]
+    gram = x.mT @ x + ridge * len(x) * torch.eye(x.shape[1]).to(x)
+    w = torch.linalg.solve(gram, x.mT @ (y_train - center))                        # [d,K]
+    error = y_test - center - (x_test - mean) / sd @ w                             # [n,K]
+    return (1 - error.square().sum() / (y_test - center).square().sum()).item()
 
 def majority(y_train, y_test):
     """Accuracy of always naming the most frequent training topic."""

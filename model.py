@@ -171,7 +171,7 @@ class Qwen3(nn.Module):
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)   # tied: no lm_head
 
     def forward(self, idx, targets=None):
-        """Logits [B, T, vocab_size] of idx [B, T]; with targets [B, T] the mean cross-entropy in nats instead."""
+        """Logits [B, T, vocab_size] of idx [B, T]; with targets [B, T] each token's cross-entropy [B, T] in nats."""
         rope = self.positions(idx.size(1))
         x = self.model.embed_tokens(idx)                                      # [B, T, n_embd]
         if torch.is_autocast_enabled(x.device.type):
@@ -181,7 +181,7 @@ class Qwen3(nn.Module):
         logits = self.head(x)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction='none').view_as(targets)
 
     @torch.no_grad()
     def trace(self, idx, causal=True):

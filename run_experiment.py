@@ -9,7 +9,6 @@ What is done is skipped: a run is done when its analysis.json is there with the 
 under results/, even where its checkpoint was deleted. Stop it at any time; the same command goes on. Writes
 summary.json, summary.md and figures/ into out_dir; --publish copies what they are made from to results/<experiment>/.
 """
-import functools
 import glob
 import itertools
 import json
@@ -23,7 +22,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from scipy import stats
 from tqdm import tqdm
 
 import analyze
@@ -32,6 +30,7 @@ import drope
 import plot
 import shards
 import train
+from compare import effects, forgetting, matched, orderedness, recovery, t_interval, verdict
 from configurator import SCRIPTS, block, configure
 from model import build, read_config
 
@@ -40,21 +39,23 @@ from model import build, read_config
 
 arms = ('mha_shuffled', 'mha_topic_ordered')    # ARM_NAMES says what can be put here
 seeds = (0,)                # one seed is one dataset and one initialisation, shared by all arms
+full_at = (-1.0,)           # recalibration lengths analysed in full, others without null, controls, ablation; -1 = all
 jobs = 1                    # arms trained at a time, in as many processes, spread over the GPUs
 dry_run = False             # print the plan and stop
-publish = False             # copy JSON and figures to results/<experiment>/
+publish = False             # copy JSON, run by run, and figures to results/<experiment>/
 
 # -----------------------------------------------------------------------------
 # the plan
 
-ARM_NAMES = '{mha,gqa}_{shuffled,topic_ordered,topic_c<cycles>,pseudo,pseudo_c<cycles>}[_cd<percent>][_nope]'
+ARM_NAMES = '{mha,gqa}_{shuffled,topic_ordered,topic_c<cycles>,pseudo,pseudo_c<cycles>}[_cd<percent>][_pure][_nope]'
 
 def arm_settings(arm, n_head):
     """What an arm's name stands for: 'gqa_topic_c4_cd20' -> {n_kv_head, order, cycles, cooldown, rope} of train.py."""
-    name = re.fullmatch(r'(mha|gqa)_(shuffled|topic_ordered|pseudo|(topic|pseudo)_c(\d+))(?:_cd(\d+))?(_nope)?', arm)
+    name = re.fullmatch(r'(mha|gqa)_(shuffled|topic_ordered|pseudo|(topic|pseudo)_c(\d+))(?:_cd(\d+))?(_pure)?(_nope)?',
+                        arm)
     if not name:
         raise SystemExit(f'arms: {arm!r} is not of the form {ARM_NAMES}')
-    attention, order, cycled, cycles, cooldown, nope = name.groups()
+    attention, order, cycled, cycles, cooldown, pure, nope = name.groups()
     if attention == 'gqa' and n_head % 2:
         raise SystemExit(f'arms: {arm!r} shares each key-value head between two queries, but n_head = {n_head} is odd')
     return {'n_kv_head': n_head if attention == 'mha' else n_head // 2, 'cycles': int(cycles or 1),
@@ -64,17 +65,25 @@ def stage(cfg, script, **changes):
     """The config of one stage, from that of the experiment."""
     return SimpleNamespace(**{k: getattr(cfg, k) for k in block(script)} | changes)
 
+def data_stage(cfg, arm, seed):
+    """The dataset of an arm; _pure: training rows of one segment each, with the same chains and validation rows."""
+    pure = {'data_dir': cfg.data_dir + '_pure', 'min_segments': 1, 'max_segments': 1} if '_pure' in arm else {}
+    return stage(cfg, 'data_synth.py', seed=seed, **pure)
+
 def train_stage(cfg, arm, seed):
-    return stage(cfg, 'train.py', seed=seed, **arm_settings(arm, cfg.n_head))
+    return stage(cfg, 'train.py', seed=seed, data_dir=data_stage(cfg, arm, seed).data_dir,
+                 **arm_settings(arm, cfg.n_head))
 
 def arm_runs(cfg, arm, seed):
     """The runs of an arm and seed, in the order they are made: [(folder, config, recalibration length or None)]."""
-    data = data_synth.parameters(stage(cfg, 'data_synth.py', seed=seed))
+    data = data_synth.parameters(data_stage(cfg, arm, seed))
     c = train.resolve(train_stage(cfg, arm, seed), data)
     folder = os.path.join(cfg.out_dir, c['condition'], f'seed{seed}')
     runs = [(folder, c, None)]
     if c['rope']:
         for length, keep in itertools.product(cfg.recal_iters, (False, True)):
+            if keep and not length:
+                continue                                    # kept and trained no further is the parent
             steps = drope.recal_steps(length, c['max_iters'])
             runs.append((drope.recal_folder(folder, length, cfg.recal_iters[0], c['max_iters'], keep),
                          drope.recal_config(c, folder, steps, keep, cfg.recal_lr_scale), length))
@@ -85,9 +94,14 @@ def published(cfg, folder=None):
     place = os.path.join('results', os.path.basename(cfg.out_dir))
     return os.path.join(place, os.path.relpath(folder, cfg.out_dir)) if folder else place
 
-def done_in(cfg, folder, c):
+def analysis_stage(cfg, folder, length):
+    """The analysis of one run; in full before recalibration and at the lengths of full_at."""
+    light = length is not None and -1 not in cfg.full_at and length not in cfg.full_at
+    return stage(cfg, 'analyze.py', run=folder, causal=True, light=light)
+
+def done_in(cfg, folder, c, length):
     """The folder that holds the analysis of this run: its own, or where it was published; None if it is to be done."""
-    settings = {k: getattr(cfg, k) for k in analyze.SETTINGS}
+    settings = {k: getattr(analysis_stage(cfg, folder, length), k) for k in analyze.SETTINGS}
     for place in (folder, published(cfg, folder)):
         path = os.path.join(place, 'analysis.json')
         if os.path.exists(path) and not train.differences(c, read_config(place)):
@@ -106,7 +120,7 @@ def disk_gib(c):
 def run_arm(cfg, arm, seed):
     """Train an arm of one seed, drop and keep RoPE, analyse each; what is done is skipped."""
     runs = arm_runs(cfg, arm, seed)
-    todo = [run for run in runs if not done_in(cfg, *run[:2])]
+    todo = [run for run in runs if not done_in(cfg, *run)]
     parent = runs[0][0]
     # the parent is trained, again if its checkpoint was deleted, where a run has still to start from it
     if any(run is runs[0] or not os.path.exists(os.path.join(run[0], 'ckpt.pt')) for run in todo):
@@ -114,7 +128,9 @@ def run_arm(cfg, arm, seed):
     for folder, c, length in todo:
         if length is not None:
             drope.recalibrate(stage(cfg, 'drope.py', run=parent, keep_rope=c['keep_rope']), length)
-        analyze.main(stage(cfg, 'analyze.py', run=folder, causal=True))
+        analyze.main(analysis_stage(cfg, folder, length))
+        if cfg.publish:
+            publish_run(cfg, folder)
 
 def steps_made(folder):
     """How many steps of a run are done, from its log."""
@@ -161,131 +177,36 @@ def run_together(cfg, todo, runs):
         bar.close()
 
 # -----------------------------------------------------------------------------
-# statistics: the seed is the unit, arms are compared in pairs
-
-def t_interval(x):
-    """(mean, low, high): the 95% t-interval of a sample; low and high None for a sample of one."""
-    mean = float(np.mean(x))
-    if len(x) < 2:
-        return mean, None, None
-    half = float(stats.t.ppf(0.975, len(x) - 1) * np.std(x, ddof=1) / np.sqrt(len(x)))
-    return mean, mean - half, mean + half
-
-def sign_flips(n):
-    """All 2^n sign vectors [2^n, n]."""
-    return np.array(list(itertools.product((1, -1), repeat=n)))
-
-def sign_flip_p(d):
-    """Exact two-sided p of a paired difference: the share of sign flips with a mean as far from 0. None if n = 1."""
-    if len(d) < 2:
-        return None
-    means = np.abs(sign_flips(len(d)) @ np.asarray(d)) / len(d)
-    return float((means >= abs(np.mean(d)) - 1e-12).mean())
-
-def max_t(d):
-    """
-    Step-down max-|T| p-values [m] of m measures on n seeds, d [n, m]: a seed flips all its measures together, so
-    their correlation is kept (Westfall & Young 1993, algorithm 4.1; Romano & Wolf 2005). None if n = 1.
-    """
-    d = np.asarray(d, float)
-    n, m = d.shape
-    if n < 2:
-        return [None] * m
-    flipped = sign_flips(n) @ d / n                                                        # [2^n, m] means
-    sd = np.sqrt(np.maximum((d ** 2).mean(0) - flipped ** 2, 1e-30))                       # flips keep the squares
-    T = np.abs(flipped) / sd
-    order, p, running = np.argsort(-T[0]), np.empty(m), 0.0                                # the first row flips nothing
-    for i, k in enumerate(order):
-        top = T[:, order[i:]].max(1)
-        running = max(running, float((top >= T[0, k] * (1 - 1e-9)).mean()))
-        p[k] = running
-    return p.tolist()
-
-@functools.cache
-def smallest_effect(n):
-    """
-    The paired difference, in SDs of it, that the sign-flip test at 5% finds in 80% of samples of n seeds (normal ones,
-    simulated); None where no p can be that small: below 6 seeds.
-    """
-    if n < 6:
-        return None
-    if n > 10:
-        return 2.8 / n ** 0.5                               # the normal test's, close enough by then
-    noise, flips = np.random.default_rng(0).normal(0, 1, (4000, n)), sign_flips(n)
-    for effect in np.arange(0.5, 3, 0.05):
-        means = np.abs((noise + effect) @ flips.T)          # [4000, 2^n]; the first column flips nothing
-        p = (means >= means[:, :1] - 1e-12).mean(1)
-        if (p <= 0.05).mean() >= 0.8:
-            return float(effect)
-
-MEASURES = ('score_p', 'val_loss', 'within', 'score_o', 'entropy', 'probe')
-
-def effects(runs, n_layer):
-    """
-    Paired differences between arms at the main recalibration length: at each stage (rope, kept, drope, nope) and, as
-    'drope - kept', the difference of two. Primary: score_p, topic_ordered - shuffled, drope - kept; its p stands
-    alone, all the others of an attention type are adjusted together (p_adjusted). smallest: what 80% power reaches.
-    """
-    value, names = {}, {}                                   # (measure, condition, seed) -> value; attention -> orders
-    for r in runs:
-        attention, order, _ = re.fullmatch(r'(mha|gqa)_(.+)_(\w+?)', r['condition']).groups()
-        names.setdefault(attention, {})[order] = True
-        for m in MEASURES:
-            v = r['probe'][n_layer // 2] if m == 'probe' else r[m]
-            if r['main'] and v is not None:
-                value[m, r['condition'], r['seed']] = v
-    result = []
-    for attention, orders in names.items():
-        pairs = [(a, 'shuffled') for a in orders if a != 'shuffled' and 'shuffled' in orders]
-        for a in orders:
-            b = a.replace('topic_ordered', 'pseudo').replace('topic_', 'pseudo_')
-            pairs += [(a, b)] if a != b in orders else []
-        family = []
-        for (a, b), where, m in itertools.product(pairs, ('drope - kept', 'drope', 'kept', 'rope', 'nope'), MEASURES):
-            terms = [(sign * flip, f'{attention}_{arm}_{kind}') for flip, kind in zip((1, -1), where.split(' - '))
-                     for sign, arm in ((1, a), (-1, b))]
-            having = [{seed for measure, name, seed in value if (measure, name) == (m, n)} for _, n in terms]
-            shared = sorted(set.intersection(*having))
-            if not shared:
-                continue
-            d = [sum(sign * value[m, name, seed] for sign, name in terms) for seed in shared]
-            mean, low, high = t_interval(d)
-            primary = (m, a, b, where) == ('score_p', 'topic_ordered', 'shuffled', 'drope - kept')
-            result.append({'measure': m, 'contrast': f'{attention} {a} - {b}, {where}', 'mean': mean, 'low': low,
-                           'high': high, 'n': len(d), 'p': sign_flip_p(d), 'p_adjusted': None, 'primary': primary,
-                           'smallest': smallest_effect(len(d)) and smallest_effect(len(d)) * float(np.std(d, ddof=1)),
-                           'seeds': shared, 'differences': d})
-            family += [] if primary else [result[-1]]
-        most = max((e['seeds'] for e in family), key=len, default=())
-        family = [e for e in family if e['seeds'] == most]  # a flip must flip the same seeds in all of them
-        if family:
-            for e, p in zip(family, max_t(np.array([e['differences'] for e in family]).T)):
-                e['p_adjusted'] = p
-    return result
-
-# -----------------------------------------------------------------------------
 # the summary
 
 def summarise(cfg, runs):
     """Write summary.json of runs that are all analysed, [(folder, config, length), ...]; returns it."""
-    rows, references = [], []
-    for folder, _, _ in runs:
+    rows, references, logs = [], [], {}
+    for folder, c, _ in runs:
         a = json.load(open(os.path.join(folder, 'analysis.json')))
+        log = [r for r in map(json.loads, open(os.path.join(folder, 'log.jsonl'))) if 'step' in r]
         ref, mean, probe = a['references'], a['mean'], a['probe']
+        attention, order, kind = re.fullmatch(r'(mha|gqa)_(.+)_(\w+?)', a['condition']).groups()
         references.append(ref)
+        logs[a['condition'], a['seed'], a['recal_steps']] = log
         rows.append({
-            **{k: a[k] for k in ('condition', 'seed', 'recal_steps', 'keep_rope')},
-            'main': 'recal_' not in os.path.basename(folder), 'val_loss': a['val_loss'],
+            **{k: a[k] for k in ('condition', 'seed', 'recal_steps', 'keep_rope')}, 'attention': attention,
+            'order': order, 'stage': kind, 'main': 'recal_' not in os.path.basename(folder), 'val_loss': a['val_loss'],
+            'excess': a['val_loss'] - (ref['filter'] or 0.0),       # above this seed's own filter, in nats
             # of the way from the topic-blind bigram to the Bayes filter, on this seed's own data
             'gap_closed': (ref['bigram'] - a['val_loss']) / (ref['bigram'] - ref['filter']) if ref['filter'] else None,
+            'orderedness': orderedness(log),
             **{k: mean[k] for k in ('within', 'within_all', 'score_p', 'score_o', 'entropy', 'sink', 'self')},
             **{f'{k}_uniform': v for k, v in a['uniform'].items()},
             'probe': probe['accuracy'], **{f'probe_{k}': probe[k] for k in ('majority', 'token', 'ceiling')},
             'seconds': a['train_seconds']})
     mean = lambda key: float(np.mean([r[key] for r in references])) if references[0][key] is not None else None
+    parents = {(r['attention'], r['order'], r['seed']): logs[r['condition'], r['seed'], None]
+               for r in rows if r['stage'] == 'rope'}
     summary = {'experiment': os.path.basename(cfg.out_dir), 'references': {k: mean(k) for k in references[0]},
                'device': a['device'], 'versions': a['versions'], 'n_layer': cfg.n_layer, 'runs': rows,
-               'effects': effects(rows, cfg.n_layer)}
+               'effects': effects(rows), 'matched': matched(rows), 'recovery': recovery(rows, logs),
+               'forgetting': forgetting(parents)}
     shards.write_json(os.path.join(cfg.out_dir, 'summary.json'), summary)
     return summary
 
@@ -325,26 +246,38 @@ def effects_table(effects):
                      f'| {analyze.show(e["p"], ".3f")} | {analyze.show(e["p_adjusted"], ".3f")} |')
     return lines
 
-def verdict(summary):
-    """One sentence for each attention type: what the primary measure allows to be said, and no more."""
-    lines = []
-    for e in (e for e in summary['effects'] if e['primary']):
-        attention, n = e['contrast'].split()[0].upper(), e['n']
-        if n == 1:
-            lines.append(f'{attention}: one seed ({e["mean"]:+.4f}): no test, nothing can be concluded.')
-            continue
-        found = f'{e["mean"]:+.4f} [{e["low"]:+.4f}, {e["high"]:+.4f}], sign-flip p = {e["p"]:.3f}, n = {n}'
-        if e['p'] <= 0.05:
-            o = [o for o in summary['effects'] if (o['measure'], o['contrast']) == ('score_o', e['contrast'])]
-            agrees = o and (o[0]['p_adjusted'] or 1) <= 0.05 and o[0]['mean'] * e['mean'] > 0
-            lines.append(f'{attention}: topic order changes P under DroPE, beyond the kept control ({found}); ' + (
-                'O agrees, so it may be called topic.' if agrees else 'O does not show it, so it may be contiguity.'))
-        elif e['smallest'] is None:
-            lines.append(f'{attention}: no effect of order on P under DroPE is shown ({found}); with {n} seeds no p '
-                         'can be below 0.05, take six or more.')
-        else:
-            lines.append(f'{attention}: no effect of order on P under DroPE is shown ({found}); one of '
-                         f'{e["smallest"]:.4f} would have been found in four of five such experiments.')
+def equal_loss_table(summary):
+    """Differences between arms at equal loss along DroPE, as Markdown lines; none without several lengths."""
+    lines = ['| Measure | Contrast | Mean over the shared range | 95% interval | n | p (sign flip) |', '|---' * 6 + '|']
+    for m in summary['matched']:
+        mean, low, high = m['average']
+        interval = 'n=1: no interval' if low is None else f'[{low:+.4f}, {high:+.4f}]'
+        lines.append(f'| {m["measure"]} | {m["attention"]} {" - ".join(m["arms"])}, drope | {mean:+.4f} | {interval} '
+                     f'| {m["seeds"]} | {analyze.show(m["p"], ".3f")} |')
+    return lines if summary['matched'] else []
+
+def order_table(summary):
+    """Realised orderedness of each order, as Markdown lines."""
+    parents = [r for r in summary['runs'] if r['stage'] == 'rope' and r['orderedness'] is not None]
+    found = {r['order']: r['orderedness'] for r in parents}
+    return ['| Order | Orderedness |', '|---|---|', *(f'| {k} | {v:.3f} |' for k, v in found.items())] if found else []
+
+def section(title, text, lines):
+    """A section of the report; nothing where there are no lines."""
+    return [f'## {title}', '', text, '', *lines, ''] if lines else []
+
+def recovery_table(summary):
+    """Steps of the longest recalibration until the loss is within so many nats of the filter, as Markdown lines."""
+    groups = {}
+    for r in summary['recovery']:
+        groups.setdefault(r['condition'], []).append(r['steps'])
+    if not groups:
+        return []
+    targets = summary['recovery'][0]['loss']
+    within = ' | '.join(f'within {t} nats' for t in targets)
+    lines = [f'| Condition | {within} | n |', '|---' * (len(targets) + 2) + '|']
+    for name, steps in groups.items():
+        lines.append(f'| {name} | {" | ".join(number(list(s), "{:,.0f}") for s in zip(*steps))} | {len(steps)} |')
     return lines
 
 def write_report(cfg, summary, figures):
@@ -369,35 +302,49 @@ def write_report(cfg, summary, figures):
         *(line + '\n' for line in verdict(summary)),
         *effects_table(summary['effects']), '',
         '80% power from: the smallest difference that this many seeds find four times in five, at the spread seen. '
-        'Max-T: adjusted for all of the attention type\'s differences but the primary.', '', '## Figures', '',
+        'Max-T: adjusted for all of the attention type\'s differences but the primary.', '',
+        *section('At equal loss', 'Differences interpolated in the loss above the filter, along the recalibration '
+                 'lengths of DroPE, where both arms have points.', equal_loss_table(summary)),
+        *section('Recovery', 'Steps of the longest recalibration until the validation loss is that near to the filter; '
+                 '— where a seed never gets there.', recovery_table(summary)),
+        *section('Realised order', 'How much the step tells of a row\'s topic: 0 nothing (shuffled rows: what chance '
+                 'leaves), 1 everything.', order_table(summary)), '## Figures', '',
         *(f'![{os.path.basename(f)}]({os.path.relpath(f, cfg.out_dir)})\n' for f in figures)]
     shards.write_text(os.path.join(cfg.out_dir, 'summary.md'), '\n'.join(lines) + '\n')
 
+def publish_file(cfg, source, copy):
+    """Copy one JSON, Markdown or PNG file, curves thinned to 200 points, maps of the first seed alone; atomic."""
+    os.makedirs(os.path.dirname(copy), exist_ok=True)
+    if source.endswith('log.jsonl'):
+        lines = open(source).read().splitlines()
+        step = max(1, len(lines) // 200)                    # a curve published before stays as it is
+        kept = [line for i, line in enumerate(lines) if i % step == 0 or '"val_loss": null' not in line]
+        shards.write_text(copy, '\n'.join(kept) + '\n')
+    elif source.endswith('analysis.json'):
+        a = json.load(open(source))
+        if a['seed'] != cfg.seeds[0]:
+            a['maps'] = []
+        shards.write_text(copy, json.dumps(a, allow_nan=False) + '\n')
+    else:
+        shutil.copy(source, copy + '.tmp')
+        os.replace(copy + '.tmp', copy)
+
+def publish_run(cfg, folder):
+    """A finished run, at once: whatever stops the experiment later, another machine will know that it is done."""
+    for name in ('config.json', 'log.jsonl', 'analysis.json'):          # the last says that it is all there
+        publish_file(cfg, os.path.join(folder, name), os.path.join(published(cfg, folder), name))
+
 def publish_results(cfg):
-    """Copy JSON and figures to results/<experiment>/, curves thinned to 200 points, maps of the first seed alone."""
+    """Copy all JSON and figures to results/<experiment>/, in place of what was there."""
     target = published(cfg)
     temporary, old = target + '.tmp', target + '.old'
     for folder in (temporary, old):                         # what a kill left behind
         shutil.rmtree(folder, ignore_errors=True)
     for folder, _, names in os.walk(cfg.out_dir):
-        there = os.path.join(temporary, os.path.relpath(folder, cfg.out_dir))
         for name in names:
-            source, copy = os.path.join(folder, name), os.path.join(there, name)
-            if not name.endswith(('.json', '.jsonl', '.md', '.png')):
-                continue
-            os.makedirs(there, exist_ok=True)
-            if name == 'log.jsonl':
-                lines = open(source).read().splitlines()
-                step = max(1, len(lines) // 200)            # a curve published before stays as it is
-                kept = [line for i, line in enumerate(lines) if i % step == 0 or '"val_loss": null' not in line]
-                shards.write_text(copy, '\n'.join(kept) + '\n')
-            elif name == 'analysis.json':
-                a = json.load(open(source))
-                if a['seed'] != cfg.seeds[0]:
-                    a['maps'] = []
-                shards.write_text(copy, json.dumps(a, allow_nan=False) + '\n')
-            else:
-                shutil.copy(source, copy)
+            if name.endswith(('.json', '.jsonl', '.md', '.png')):
+                publish_file(cfg, os.path.join(folder, name),
+                             os.path.join(temporary, os.path.relpath(folder, cfg.out_dir), name))
     if os.path.exists(target):
         os.rename(target, old)
     os.rename(temporary, target)
@@ -424,23 +371,24 @@ def main(cfg):
     plan = list(dict.fromkeys(itertools.product(cfg.arms, cfg.seeds)))
     runs = {pair: arm_runs(cfg, *pair) for pair in plan}
     everything = [run for pair in plan for run in runs[pair]]
-    todo = [pair for pair in plan if not all(done_in(cfg, *run[:2]) for run in runs[pair])]
+    todo = [pair for pair in plan if not all(done_in(cfg, *run) for run in runs[pair])]
     steps = {pair: sum(c['max_iters'] for _, c, _ in runs[pair]) for pair in plan}
     print(f'{cfg.out_dir}: {len(cfg.arms)} arms x {len(cfg.seeds)} seeds, {len(everything)} runs, '
           f'{sum(steps.values()):,} steps; to do: {len(todo)} of {len(plan)} arms')
     if cfg.dry_run:
-        for folder, c, _ in everything:
-            place = done_in(cfg, folder, c)
+        for folder, c, length in everything:
+            place = done_in(cfg, folder, c, length)
             print(f'  {"done " if place else "to do"}  {c["max_iters"]:>7,} steps  {place or folder}')
         row = cfg.block_size + 1                            # 2 bytes a token, 1 a label, 2 a topic of the posterior
-        data = len(cfg.seeds) * row * ((cfg.train_rows + cfg.val_rows) * 3 + cfg.val_rows * cfg.n_topics * 2)
+        n_data = len({('_pure' in arm, seed) for arm, seed in plan})
+        data = n_data * row * ((cfg.train_rows + cfg.val_rows) * 3 + cfg.val_rows * cfg.n_topics * 2)
         checkpoints = sum(disk_gib(c) for _, c, _ in everything)
         print(f'disk: {checkpoints:.2f} GiB of checkpoints, {data / 2**30:.2f} GiB of data')
         return
 
     # ---- what was published is read like the rest; what is published must not be lost
-    for folder, c, _ in everything:
-        place = done_in(cfg, folder, c)
+    for folder, c, length in everything:
+        place = done_in(cfg, folder, c, length)
         if place not in (None, folder):
             train.open_run(folder, c)                       # stops where a run with other settings is
             for name in (n for n in os.listdir(place) if n.endswith(('.json', '.jsonl'))):
@@ -453,8 +401,8 @@ def main(cfg):
                              'add its arm and seed, or delete it')
 
     # ---- data, then every arm
-    for seed in sorted({seed for _, seed in todo}):
-        data_synth.main(stage(cfg, 'data_synth.py', seed=seed))
+    for at in {(at.data_dir, at.seed): at for at in (data_stage(cfg, *pair) for pair in todo)}.values():
+        data_synth.main(at)
     if cfg.jobs > 1 and len(todo) > 1:
         run_together(cfg, todo, runs)
     else:
@@ -470,6 +418,8 @@ def main(cfg):
     figures = plot.main(stage(cfg, 'plot.py', paths=[cfg.out_dir]))
     write_report(cfg, summary, figures)
     differences = [e for e in summary['effects'] if 'drope - kept' in e['contrast']]
+    if len(differences) > 20:                               # on the screen; the report has them all
+        differences = [e for e in differences if e['measure'] in ('score_p', 'probe', 'val_loss')]
     print('\n'.join([*table(summary), '', *(effects_table(differences) if differences else ()), '', *verdict(summary)]))
     print(f'report and figures: {cfg.out_dir}/summary.md, {cfg.out_dir}/figures/')
     if cfg.publish:

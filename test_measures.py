@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn.linear_model import LogisticRegression
+from scipy.optimize import nnls
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.preprocessing import StandardScaler
+import data_synth
 import measures as M
+from configurator import configure
 
 torch.set_num_threads(1)                                         # small tensors: more threads only wait
 
@@ -32,8 +35,29 @@ def make_rows(n, T=128, K=5, seed=0, min_run=16, weights=None, repeats=False, se
     return torch.from_numpy(z)
 
 def normalise(weight):
-    weight = weight.tril()
-    return (weight / weight.sum(-1, keepdim=True)).float()
+    weight = weight.tril().double()
+    return weight / weight.sum(-1, keepdim=True)
+
+CASES = ['range', 'range repeats', 'group', 'group repeats']
+VOCAB = {'range': 515, 'group': 512}                             # 512 tokens that occur
+
+def synth_rows(case, n=400, T=256, seed=0):
+    """Rows of data_synth.py, 2-5 segments of at least T/8 -> topics, segment of each token, tokens: int64 [n,T]."""
+    chain, repeats = case.split()[0], 'repeats' in case
+    cfg = configure('data_synth.py', ['--device=cpu', f'--chain={chain}', f'--vocab_size={VOCAB[chain]}'])
+    tables, rows, tokens = np.random.SeedSequence(seed).spawn(3)
+    _, sums, row_of = data_synth.make_tables(cfg, tables)
+    rng = np.random.default_rng(rows)
+    lengths = data_synth.draw_segments(rng, chain, n, T, 2, 5, T // 8)
+    topics = data_synth.draw_topics(rng, lengths, cfg.n_topics, repeats)
+    first = data_synth.N_SPECIAL if chain == 'range' else 0
+    x = data_synth.draw_tokens(tokens, torch.from_numpy(sums), torch.from_numpy(row_of), first, topics)
+    segment = (np.arange(T) >= lengths.cumsum(1)[:, :, None]).sum(1)                       # [n,5,T] -> [n,T]
+    return [torch.from_numpy(a.astype(np.int64)) for a in (topics, segment, x)]
+
+def decay(T, length):
+    t = torch.arange(T)
+    return torch.exp(-(t[:, None] - t).clamp(min=0).double() / length)
 
 def position_heads(T):
     t = torch.arange(T)
@@ -42,34 +66,45 @@ def position_heads(T):
     heads = dict(
         uniform=torch.ones(T, T), sink=first, previous=(d == 1) + 0. + (d == 0) * (t[:, None] == 0),
         self=(d == 0).double(), window8=(d < 8).double(), window32=(d < 32).double(),
-        decay2=torch.exp(-d / 2), decay16=torch.exp(-d / 16), decay64=torch.exp(-d / 64), harmonic=1 / (d + 1),
-        early=torch.exp(-s / 20), fixed=(s == 10) + 1e-3 * (d == 0), decay_sink=torch.exp(-d / 32) + 20 * first,
+        decay8=decay(T, 8), decay32=decay(T, 32), decay128=decay(T, 128), harmonic=1 / (d + 1),
+        early=torch.exp(-s / 20), fixed=(s == 10) + 1e-3 * (d == 0), decay_sink=decay(T, 32) + 20 * first,
         wave=1 + torch.cos(d / 5) * torch.cos(s / 7))
     return list(heads), torch.stack([normalise(w) for w in heads.values()])                                 # [H,T,T]
 
 def on_rows(pattern, n):
     return pattern[None].expand(n, *pattern.shape)
 
-def run_heads(z):
-    """Heads that see boundaries but no topics: own segment, leaking out of it, the segment before [B,3,T,T]."""
-    run, _ = M.runs(z)
-    gap = run[:, :, None] - run[:, None, :]
+def segment_heads(segment):
+    """Heads that see boundaries but no topics: own segment, .3 of it per boundary, the segment before [B,3,T,T]."""
+    gap = (segment[:, :, None] - segment[:, None, :]).clamp(min=0)
     own = (gap == 0).double()
-    before = (gap == 1) + own * (run == 0)[:, :, None]
-    return torch.stack([normalise(x) for x in (own, own + 0.2, own + 0.5 ** gap.clamp(min=0), before)], 1)
+    before = (gap == 1) + own * (segment == 0)[:, :, None]
+    return torch.stack([normalise(w) for w in (own, 0.3 ** gap, before)], 1)
+
+def token_heads(x, affinity):
+    """Log weights affinity [H,V,V] of key token on query token, on a decay of 64; tokens x [B,T] -> [B,H,T,T]."""
+    weight = affinity.double().exp()[:, x[:, :, None], x[:, None, :]]                      # [H,B,T,T]
+    return normalise(weight.transpose(0, 1) * decay(x.shape[1], 64))
 
 def topic_heads(z):
-    """All past of the same topic; +0.3 log-odds to same-topic keys on a decay of 64 [B,2,T,T]."""
-    same = (z[:, :, None] == z[:, None, :]).double()
-    t = torch.arange(z.shape[1])
-    decay = torch.exp(-(t[:, None] - t).clamp(min=0) / 64.)
-    return torch.stack([normalise(same), normalise(decay * torch.exp(0.3 * same))], 1)
+    """All past of the topic; that in other runs only (or self); +0.1, +0.3 log-odds on a decay of 64 [B,4,T,T]."""
+    same, run = (z[:, :, None] == z[:, None, :]).double(), M.runs(z)[0]
+    apart = (same * (run[:, :, None] != run[:, None, :])).tril()
+    apart = apart + torch.eye(z.shape[1]) * (apart.sum(-1, keepdim=True) == 0)
+    near = decay(z.shape[1], 64)
+    heads = same, apart, near * (0.1 * same).exp(), near * (0.3 * same).exp()
+    return torch.stack([normalise(w) for w in heads], 1)
 
-def sums_of(A, z, K=5, batch=16, **kw):
+def streamed(heads, z, *more, K=5, batch=4, **kw):
+    """attention_sums over all rows of heads(z, *more) -> A, batch by batch."""
     total = None
     for b in range(0, len(z), batch):
-        total = M.add(total, M.attention_sums(A[b:b + batch], z[b:b + batch], K, **kw))
+        rows = [r[b:b + batch] for r in (z, *more)]
+        total = M.add(total, M.attention_sums(heads(*rows), rows[0], K, **kw))
     return total
+
+def sums_of(A, z, K=5, batch=16, **kw):
+    return streamed(lambda z, A: A, z, A, K=K, batch=batch, **kw)
 
 KINDS = [dict(), dict(repeats=True), dict(weights=(4, 2, 1, 1, .5))]
 
@@ -165,29 +200,45 @@ def test_every_measure_equals_the_slow_version(kind):
 # ---------------------------------------------------------------------------------------------------------------------
 # P and O: what they find and what they leave alone
 
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('n, T, min_run', [(120, 128, 16), (40, 256, 32)])
-def test_position_alone_scores_zero(kind, n, T, min_run):
-    z = make_rows(n, T, min_run=min_run, seed=1, **kind)
-    names, pattern = position_heads(T)
-    out = M.head_measures(sums_of(on_rows(pattern, n), z), draws=100)
+def zeros_on_position(z):
+    names, pattern = position_heads(z.shape[1])
+    out = M.head_measures(streamed(lambda z: on_rows(pattern, len(z)), z), draws=100)
     for name, p, o, oz, op in zip(names, *(out[k] for k in ('score_p', 'score_o', 'o_z', 'o_p'))):
-        assert abs(p) < 1e-9 and abs(o) < 1e-9 and oz == 0 and op == 1, name
+        assert abs(p) < 1e-12 and abs(o) < 1e-12 and oz == 0 and op == 1, (name, p, o, oz)
 
-@pytest.mark.parametrize('kind', KINDS[:2])
-def test_boundaries_alone_move_p_but_not_o(kind):
-    z = make_rows(400, seed=2, **kind)
-    out = M.head_measures(sums_of(run_heads(z), z))
-    assert (out['score_p'][:3] > 0.2).all() and out['score_p'][3] < -1      # own, two that leak, previous segment
-    assert (np.abs(out['o_z']) < 3).all() and (np.abs(out['score_o']) < 0.2).all()
+@pytest.mark.parametrize('case', CASES)
+def test_position_alone_scores_zero(case):
+    zeros_on_position(synth_rows(case, T=128, seed=1)[0])
 
-@pytest.mark.parametrize('kind', KINDS)
-def test_topical_heads_are_found(kind):
-    z = make_rows(400, T=192, min_run=24, seed=4, **kind)
-    out = M.head_measures(sums_of(topic_heads(z), z))
+def test_position_alone_scores_zero_with_unequal_topics():
+    zeros_on_position(make_rows(40, T=256, min_run=32, seed=1, weights=(4, 2, 1, 1, .5)))
+
+@pytest.mark.parametrize('case', CASES)
+def test_topic_blind_heads_leave_o_alone(case):
+    """Boundaries move P, not O. A random taste for tokens moves neither; for equal tokens, if tokens tell the topic."""
+    z, segment, x = synth_rows(case, seed=2)
+    g = torch.Generator().manual_seed(2)
+    affinity = torch.stack((torch.randn(515, 515, generator=g), 4 * torch.eye(515)))    # a random table; equal tokens
+    heads = lambda z, segment, x: torch.cat((segment_heads(segment), token_heads(x, affinity)), 1)
+    out = M.head_measures(streamed(heads, z, segment, x))
+    P, O, oz = (out[k] for k in ('score_p', 'score_o', 'o_z'))
+    assert P[0] > 4 and 0.2 < P[1] < 0.6 and P[2] < -0.4 and abs(P[3]) < 0.01        # own, leaking, before; tokens
+    assert (np.abs(oz[:4]) < 3).all() and (np.abs(O[:4]) < 0.04).all()
+    assert oz[0] == 0 and oz[2] == 0                             # they reach no segment but one
+    if 'group' in case:                                          # all its topics use all tokens alike
+        assert abs(oz[4]) < 3 and abs(P[4]) < 0.01 and abs(O[4]) < 0.01
+    else:
+        assert oz[4] > 4 and P[4] > 0.02 and O[4] > 0.02
+
+@pytest.mark.parametrize('case', CASES + ['unequal topics'])
+def test_topical_heads_are_found(case):
+    weights = (4, 2, 1, 1, .5)
+    z = synth_rows(case, seed=4)[0] if case in CASES else make_rows(400, T=256, min_run=32, seed=4, weights=weights)
+    out = M.head_measures(streamed(topic_heads, z))
+    P, O = out['score_p'], out['score_o']
     assert (out['o_z'] > 4).all() and (out['o_p'] < 0.005).all()
-    assert out['score_p'][0] > 4 and out['score_o'][0] > 4                              # nothing goes to other topics
-    assert 0.15 < out['score_p'][1] < 0.35 and 0.15 < out['score_o'][1] < 0.35          # +0.3 log-odds
+    assert P[0] > 4 and O[0] > 4 and P[1] > 2 and O[1] > 4                              # nothing goes to other topics
+    assert 0.03 < P[2] < 0.1 and 0.05 < O[2] < 0.12 and 0.1 < P[3] < 0.3 and 0.15 < O[3] < 0.35
 
 def test_anti_topical_head_is_negative():
     z = make_rows(300, seed=5)
@@ -195,25 +246,32 @@ def test_anti_topical_head_is_negative():
     out = M.head_measures(sums_of(other, z))
     assert out['o_z'][0] < -4 and out['score_o'][0] < -0.3 and out['score_p'][0] < -0.3
 
-def test_null_is_calibrated_and_shared():
-    p_values, any_head = [], 0
-    for seed in range(40):                                       # heads that follow tokens, tokens that know no topic
-        z, g = make_rows(60, T=64, K=4, min_run=8, seed=seed), torch.Generator().manual_seed(seed)
-        x = torch.randint(6, (60, 64), generator=g)
-        affinity = 1.5 * torch.randn(4, 6, 6, generator=g)
-        A = normalise(affinity[:, x[:, :, None], x[:, None, :]].transpose(0, 1).exp())
-        T, sd, draws = M.o_null(sums_of(A, z, min_distance=4), draws=199, seed=seed)
-        p = M.null_z_p(T, sd, draws)[1]
-        adjusted = M.max_statistic(T, sd, draws)
-        assert (adjusted >= p - 1e-12).all() and len(set(p)) > 1
-        p_values += list(p)
-        any_head += adjusted.min() <= 0.2
-    assert stats.kstest(p_values, 'uniform').pvalue > 0.02
-    assert 2 <= any_head <= 15                                   # 8 expected of 40
+@pytest.mark.parametrize('case', CASES)
+def test_null_is_calibrated(case):
+    """300 draws of 60 rows, segment and token heads: p uniform for each, and the max-statistic keeps its level."""
+    rows = synth_rows(case, n=300 * 60, T=48, seed=7)
+    affinity = 1.5 * torch.randn(2, 515, 515, generator=torch.Generator().manual_seed(7))
+    heads = lambda segment, x: torch.cat((segment_heads(segment)[:, 1:], token_heads(x, affinity)), 1)
+    p_values, z_values, any_head = [], [], 0
+    for draw in range(300):
+        z, segment, x = (r[60 * draw:60 * draw + 60] for r in rows)
+        T, sd, draws = M.o_null(M.attention_sums(heads(segment, x), z, 5, min_distance=4), draws=199, seed=draw)
+        (score, p), adjusted = M.null_z_p(T, sd, draws), M.max_statistic(T, sd, draws)
+        assert (adjusted >= p - 1e-12).all() and p[1] == 1       # the segment before reaches no other: sd = 0
+        p_values.append(p[[0, 2, 3]])
+        z_values.append(score[[0, 2, 3]])
+        any_head += adjusted.min() <= 0.1
+    for p in np.stack(p_values, 1):
+        assert stats.kstest(p, 'uniform').pvalue > 0.01 / 3      # three heads
+    assert (abs(np.mean(z_values, 0)) < 0.2).all() and (abs(np.std(z_values, 0) - 1) < 0.2).all()
+    assert stats.binomtest(any_head, 300, 0.1).pvalue > 0.01
 
-    sums = sums_of(A, z, min_distance=4)                         # same draws for a head wherever it stands
-    one = M.o_null(sums_of(A[:, :1], z, min_distance=4), 199, seed)
-    assert np.allclose(one[2][:, 0], draws[:, 0]) and not np.allclose(M.o_null(sums, 199, seed + 1)[2], draws)
+def test_null_draws_are_shared():
+    """The same draws for a head wherever it stands, others for another seed."""
+    z, segment, x = synth_rows('group', n=60, T=64, seed=8)
+    A = token_heads(x, torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0)))
+    draws = lambda A, seed: M.o_null(sums_of(A, z, min_distance=4), 199, seed)[2]
+    assert np.allclose(draws(A, 1)[:, 1], draws(A[:, 1:], 1)[:, 0]) and not np.allclose(draws(A, 1), draws(A, 2))
 
 def test_null_draw_by_hand():
     """Three rows, one pair each: T* takes the values of R . q[perm], and equal values are ties."""
@@ -288,7 +346,7 @@ def test_unmasked():
 
 def test_streaming_and_halves():
     z = torch.cat((make_rows(20, seed=8, segments=(2, 3)), make_rows(25, seed=9, segments=(2, 5))))     # R 3, then 5
-    A = torch.cat((topic_heads(z), run_heads(z)), 1)
+    A = torch.cat((topic_heads(z), segment_heads(M.runs(z)[0])), 1)
     once, streamed = M.attention_sums(A, z, 5), sums_of(A, z, batch=9)
     for key in once:
         assert torch.allclose(once[key].double(), streamed[key].double(), atol=1e-9), key
@@ -327,6 +385,87 @@ def test_specialisation_has_rows_as_its_unit():
     spec, raw = np.array(spec), np.array(raw)
     assert abs(spec[:, 0].mean()) < 0.2 * raw[:, 0].mean()       # what varies by row is noise
     assert (spec[:, 1] > 0.8 * raw[:, 1]).all()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# content-free fit
+
+def test_free_patterns():
+    T = 200
+    X = M.free_patterns(T)
+    assert X.shape == (15, T, T) and X.dtype == torch.float64 and torch.equal(X, X.tril())
+    assert torch.allclose(X.sum(-1), torch.ones(15, T).double())
+    t, row = 150, X[:, 150]
+    assert np.allclose(row[0, :t + 1], 1 / (t + 1)) and row[1, 0] == row[2, t] == row[3, t - 1] == X[3, 0, 0] == 1
+    assert row[4, t].item() / row[4, t - 9].item() == pytest.approx(10)
+    for i, w in enumerate((8, 32, 128)):
+        assert (row[5 + i] > 0).sum() == w and row[5 + i, t - w + 1].item() == pytest.approx(1 / w)
+    for i, length in enumerate((2, 4, 8, 16, 32, 64, 128)):
+        assert row[8 + i, t - 5].item() / row[8 + i, t].item() == pytest.approx(math.exp(-5 / length))
+
+@pytest.mark.parametrize('T', [24, 160])                         # where T is short, patterns coincide
+def test_free_fit_finds_what_is_in_the_span(T):
+    X = M.free_patterns(T)
+    mixed = torch.stack([.3 * X[1] + .5 * X[11] + .2 * X[5], .6 * X[3] + .4 * X[0], .1 * X[9] + .9 * X[4]])
+    fit = M.free_fit(torch.cat((X, mixed)))
+    assert torch.allclose(fit, torch.cat((X, mixed)), atol=1e-10)
+    assert torch.allclose(M.overlap(fit[None], torch.cat((X, mixed))), torch.ones(1, 18).double())
+
+def test_free_fit_is_nnls():
+    """Out of the span: the weights of scipy on the whole design."""
+    mean = normalise(torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0)).double() ** 4)
+    mean[2] = position_heads(24)[1][-1]
+    X, fit = M.free_patterns(24), M.free_fit(mean)
+    for h in range(3):
+        w = nnls(X.flatten(1).T.numpy(), mean[h].flatten().numpy())[0]
+        assert torch.allclose(fit[h], torch.einsum('k,kts->ts', torch.from_numpy(w / w.sum()), X), atol=1e-9)
+
+def test_overlap():
+    g = torch.Generator().manual_seed(0)
+    A, pattern = normalise(torch.rand(2, 3, 9, 9, generator=g)), normalise(torch.rand(3, 9, 9, generator=g))
+    slow = [[np.mean([sum(min(A[b, h, t, s], pattern[h, t, s]).item() for s in range(t + 1)) for t in range(9)])
+             for h in range(3)] for b in range(2)]
+    assert np.allclose(M.overlap(A, pattern), slow) and np.allclose(M.overlap(A[:1], A[0]), 1)
+    X = M.free_patterns(9)
+    assert M.overlap(X[None, 2:3], X[1:2]).item() == pytest.approx(1 / 9)               # self and first meet at t=0
+
+def test_content_is_what_the_fit_leaves_over():
+    """Fitted on one half of the rows: it covers the position heads of its span, not others, and no topical head."""
+    z = make_rows(80, seed=12)
+    names, pattern = position_heads(128)
+    A = torch.cat((on_rows(pattern, 80), topic_heads(z)), 1)
+    mean = sums_of(A[:40], z[:40])['S'] / 40
+    fit, ceiling = (M.overlap(A[40:], p).mean(0) for p in (M.free_fit(mean), mean))
+    at = dict(zip([*names, 'all', 'apart', '+.1', '+.3'], zip(fit.tolist(), ceiling.tolist())))
+    for name in names:
+        assert at[name][1] == pytest.approx(1)
+    for name in ('uniform', 'sink', 'previous', 'window32', 'decay128', 'harmonic'):
+        assert at[name][0] == pytest.approx(1)
+    assert at['fixed'][0] < 0.5 and at['wave'][0] < 0.95                                # positions, but none of ours
+    assert at['all'][0] < at['all'][1] < 0.7 and at['apart'][0] + 0.01 < at['apart'][1] < 0.85
+    assert 0.995 > at['+.1'][0] > at['+.3'][0] > 0.9
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which heads to ablate
+
+def test_ablation_heads():
+    score = np.array([[.1, .9, np.nan], [.5, -.2, .8], [0, .3, .2]])
+    entropy = np.array([[1.0, 2.0, 2.1], [3.0, 2.3, 2.05], [3.2, 0.1, 4.0]])
+    out = M.ablation_heads(score, entropy, 3, torch.Generator().manual_seed(0))
+    assert out['top'] == [(0, 1), (1, 2), (1, 0)]
+    assert out['matched'] == [(0, 2), (1, 1), (2, 0)]            # 2.0: 2.1; 2.05: 2.3, for 2.1 is taken; 3.0: 3.2
+    seen = set()
+    for seed in range(60):
+        draw = M.ablation_heads(score, entropy, 3, torch.Generator().manual_seed(seed))['random']
+        assert len(set(draw)) == 3 and not set(draw) & set(out['top'])
+        seen |= set(draw)
+    assert len(seen) == 6                                        # each of the others is drawn at some time
+    again = [M.ablation_heads(score, entropy, 3, torch.Generator().manual_seed(5))['random'] for _ in range(2)]
+    assert again[0] == again[1]
+    most = M.ablation_heads(score, entropy, 7, torch.Generator().manual_seed(0))        # 2 others are left
+    assert len(most['top']) == 7 and set(most['random']) == set(most['matched']) == {(1, 1), (0, 2)}
+    assert most['top'][-1] == (2, 0) and most['matched'] == [(0, 2), (1, 1)]
+    every = M.ablation_heads(score, entropy, 9, torch.Generator())
+    assert every['top'][-1] == (0, 2) and every['random'] == every['matched'] == []    # nan is the lowest
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs and distances
@@ -404,6 +543,48 @@ def test_references():
     assert M.token_identity(np.append(x, 2), np.append(y, 2), np.array([2, 2, 5, 0]), np.array([0, 1, 0, 0]), 6) == 0.25
     posterior = np.array([[.2, .5, .3], [.6, .3, .1], [.1, .1, .8]], np.float16)
     assert M.posterior_accuracy(posterior, np.array([1, 0, 0])) == pytest.approx(2 / 3)
+
+def test_running_means():
+    x = 5 + torch.randn(2, 150, 3, generator=torch.Generator().manual_seed(0))
+    out = M.running_means(x)
+    assert list(out) == ['all', '8', '32', '128'] and all(v.dtype == x.dtype for v in out.values())
+    for name, w in (('all', 150), ('8', 8), ('32', 32), ('128', 128)):
+        slow = torch.stack([x[:, max(t + 1 - w, 0):t + 1].mean(1) for t in range(150)], 1)
+        assert torch.allclose(out[name], slow, atol=1e-5), name
+    short = M.running_means(x[:, :5], windows=(2, 8))            # a window longer than the row is all of it
+    assert torch.allclose(short['8'], out['all'][:, :5]) and torch.allclose(short['2'][:, 4], x[:, 3:5].mean(1))
+
+def test_control_labels():
+    state = torch.get_rng_state()
+    labels = M.control_labels(5000, 5, seed=1)
+    assert labels.shape == (5000,) and labels.dtype == torch.int64 and torch.equal(state, torch.get_rng_state())
+    assert torch.equal(labels, M.control_labels(5000, 5, 1)) and not torch.equal(labels, M.control_labels(5000, 5, 2))
+    assert stats.chisquare(labels.bincount()).pvalue > 0.01 and labels.max() == 4
+
+def test_posterior_r2():
+    x, _, scale = gaussians(4000, 64, 5)
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(64, 5, generator=g).double() / scale[:, None]
+    W[7] = 0
+    y = x.double() @ W
+    y = (y - y.mean(0)) / y.std(0) - 4                           # logs, most of them far from floor and 1
+    r2 = lambda y, x=x, **kw: M.posterior_r2(x[:2000], y[:2000].exp(), x[2000:], y[2000:].exp(), **kw)
+    assert r2(y, floor=1e-9) == pytest.approx(1, abs=1e-6)
+    noise = torch.randn(4000, 5, generator=g).double()
+    assert -0.1 < r2(noise - 4, floor=1e-9) < 0.01               # worse than the mean by about d/n
+    half = r2(y + noise, floor=1e-9)
+    assert half == pytest.approx(0.5, abs=0.05)
+    # the same by scikit-learn; the train mean is the reference, and all outputs count by their variance
+    shifted = torch.cat((y[:2000], y[2000:] + 0.5)) * torch.tensor([1., 1, 1, 1, 2]) + noise
+    X = StandardScaler().fit(x[:2000].double()).transform(x.double())
+    error = shifted[2000:] - torch.from_numpy(LinearRegression().fit(X[:2000], shifted[:2000]).predict(X[2000:]))
+    total = shifted[2000:] - shifted[:2000].mean(0)
+    assert r2(shifted, floor=1e-9) == pytest.approx(1 - (error ** 2).sum().item() / (total ** 2).sum().item(), abs=1e-4)
+    zero = torch.where(noise < 0, -torch.inf, -1.)               # p = 0 counts as p = floor
+    assert r2(zero) == pytest.approx(r2(zero.clamp(min=math.log(1e-4)), floor=1e-9)) and math.isfinite(r2(zero))
+    assert r2(zero, floor=1e-3) == pytest.approx(r2(zero))       # two values: the scale does not matter
+    assert r2(y, x=x[:, :3]) < 0.5
+    assert math.isfinite(M.posterior_r2(x[:20], y[:20].exp(), x[2000:], y[2000:].exp()))        # n < d
 
 # ---------------------------------------------------------------------------------------------------------------------
 # circuits

@@ -11,7 +11,8 @@ from scipy import stats
 
 import shards
 from configurator import SCRIPTS, block, configure
-from run_experiment import effects, max_t, sign_flip_p, smallest_effect, t_interval
+from compare import (effects, forgetting, matched, max_t, orderedness, recovery, sign_flip_p, smallest_effect,
+                     t_interval)
 from test_train import HERE, TINY, dataset, run                      # noqa: F401 (dataset is a fixture)
 
 EXPERIMENT = """
@@ -114,21 +115,67 @@ def test_max_t():
     p = max_t(d)
     assert all(a >= sign_flip_p(column) - 1e-12 for a, column in zip(p, d.T)) and p[0] == min(p)
     assert max_t(np.repeat(d[:, :1], 5, axis=1)) == pytest.approx([sign_flip_p(d[:, 0])] * 5)   # copies cost nothing
-    rejected = [min(max_t(rng.normal(0, 1, (6, 5)))) <= 0.05 for _ in range(400)]
-    assert np.mean(rejected) < 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5       # the family keeps its level
+    rejected = [min(max_t(rng.normal(0, 1, (6, 6)))) <= 0.05 for _ in range(1000)]
+    assert np.mean(rejected) < 0.05 + 3 * (0.05 * 0.95 / 1000) ** 0.5      # the family keeps its level
+    shift = np.array([2.5, 2.5, 0, 0, 0, 0])                               # two of six measures, at 2.5 SD
+    both = [max(max_t(rng.normal(0, 1, (6, 6)) + shift)[:2]) <= 0.05 for _ in range(300)]
+    print('family-wise', np.mean(rejected), 'both found', np.mean(both))
+    assert np.mean(both) > 0.5                                             # most of the time
 
 def test_effects_are_paired_by_seed():
-    runs = [{'condition': f'mha_{order}_{kind}', 'seed': seed, 'main': True, 'probe': [0, 0, seed], 'score_p': value,
-             'val_loss': 1, 'within': 0, 'score_o': None, 'entropy': 0}
+    runs = [{'condition': f'mha_{order}_{kind}', 'attention': 'mha', 'order': order, 'seed': seed, 'main': True,
+             'probe': [0, 0, seed], 'score_p': value, 'val_loss': 1, 'within': 0, 'score_o': None, 'entropy': 0}
             for seed in (0, 1) for order, kind, value in (
                 ('shuffled', 'drope', 10 * seed), ('shuffled', 'kept', 5 * seed),
                 ('topic_ordered', 'drope', 10 * seed + 2 + seed), ('topic_ordered', 'kept', 5 * seed + 1))]
-    found = {(e['measure'], e['contrast']): e for e in effects(runs, n_layer=4)}
+    found = {(e['measure'], e['contrast']): e for e in effects(runs)}
     primary = found['score_p', 'mha topic_ordered - shuffled, drope - kept']
     assert primary['differences'] == [1, 2] and primary['primary']
     assert primary['p'] == 0.5 and primary['p_adjusted'] is None
     assert found['score_p', 'mha topic_ordered - shuffled, drope']['differences'] == [2, 3]
     assert not any(m == 'score_o' for m, _ in found) and sum(e['primary'] for e in found.values()) == 1
+
+def curve(order, seed, losses, probe):
+    """Rows of an arm along its recalibration lengths: the middle probe is a function of the loss above the filter."""
+    return [{'condition': f'mha_{order}_drope', 'attention': 'mha', 'order': order, 'stage': 'drope', 'seed': seed,
+             'recal_steps': i, 'val_loss': 5 + x, 'excess': x, 'score_p': 0.0, 'probe': [0, probe(x), 0]}
+            for i, x in enumerate(losses)]
+
+def test_equal_loss():
+    """Arms that differ in loss alone do not differ at equal loss; a shift of the measure is found; no extrapolation."""
+    line = lambda x: 0.9 - 0.5 * x
+    rows = [r for seed in range(3) for r in (
+        *curve('shuffled', seed, (0.5, 0.3, 0.1), line), *curve('topic_ordered', seed, (0.4, 0.2, 0.05), line),
+        *curve('pseudo', seed, (0.4, 0.2), lambda x, seed=seed: line(x) + 0.1 + 0.01 * seed),
+        *curve('topic_c4', seed, (0.9, 0.8), line))]              # never as good as the others: no comparison
+    found = {(tuple(m['arms']), m['measure']): m for m in matched(rows)}
+    same, shifted = found[('topic_ordered', 'shuffled'), 'probe'], found[('pseudo', 'shuffled'), 'probe']
+    assert same['average'][0] == pytest.approx(0, abs=1e-9) and same['loss'][0] == pytest.approx(0.1)
+    assert same['loss'][-1] == pytest.approx(0.4) and same['n'] == [3] * 25
+    assert shifted['average'][0] == pytest.approx(0.11) and shifted['average'][1] > 0.08 and shifted['p'] == 0.25
+    assert shifted['loss'][0] == pytest.approx(0.2)
+    assert found[('topic_ordered', 'pseudo'), 'probe']['average'][0] == pytest.approx(-0.11)
+    assert not any('topic_c4' in arms for arms, _ in found)
+
+def test_recovery_and_forgetting():
+    rows = curve('shuffled', 0, (0.5, 0.1), lambda x: 0)
+    logs = {('mha_shuffled_drope', 0, 1): [{'step': s, 'val_loss': 5 + x} for s, x in ((0, 1.1), (10, 0.6), (20, 0.1))]}
+    (r,) = recovery(rows, logs, above=(2, 0.6, 0.35, 0.05))
+    assert r['steps'] == pytest.approx([0, 10, 15, None]) if None not in r['steps'] else (
+        r['steps'][:3] == pytest.approx([0, 10, 15]) and r['steps'][3] is None)
+    record = lambda losses, since: [{'step': 5, 'val_loss_topics': losses, 'since': since, 'topics': [1, 1]}]
+    logs = {('mha', 'shuffled', 0): record([1.0, 2.0], [0, 0]),
+            ('mha', 'topic_ordered', 0): record([1.5, 2.1], [150, 0])}
+    found = {f['condition']: f for f in forgetting(logs)}
+    assert found['mha_topic_ordered_rope'] == {
+        'condition': 'mha_topic_ordered_rope', 'since': [0, 100], 'excess': pytest.approx([0.1, 0.5]), 'n': [1, 1]}
+    assert list(found) == ['mha_topic_ordered_rope']
+
+def test_orderedness():
+    bins = lambda *counts: [{'topics': list(c)} for c in counts]
+    assert orderedness(bins((10, 0), (0, 10))) == pytest.approx(1)
+    assert orderedness(bins((5, 5), (5, 5))) == pytest.approx(0)
+    assert 0.1 < orderedness(bins((8, 2), (2, 8))) < 0.5 and orderedness([{'topics': [0, 0]}]) is None
 
 # -----------------------------------------------------------------------------
 # config

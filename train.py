@@ -97,13 +97,24 @@ def dominant_topic(topics, n_topics):
     """The most frequent label of each row [N], ties to the lowest. topics: [N, T]."""
     return np.stack([(topics == k).sum(1) for k in range(n_topics)]).argmax(0)
 
+def steps_since(topics, share):
+    """Steps since each topic was last seen, before every step: int64 [steps + 1, K]. topics: dominant topics of each
+    step's rows [steps, batch]; a topic is seen in a step that has at least half of its `share` [K] of all rows."""
+    steps, K = len(topics), len(share)
+    seen = np.stack([(topics == k).mean(1) for k in range(K)], 1) >= share / 2                  # [steps, K]
+    last = np.maximum.accumulate(np.where(seen, np.arange(1, steps + 1)[:, None], 0), 0)
+    return np.arange(steps + 1)[:, None] - np.concatenate([np.zeros((1, K), np.int64), last])
+
 def condition(c):
-    """The name of a condition, {mha,gqa}_{order}_{rope,nope}, as in the log's table. c: a config as a dict."""
+    """The name of a condition, {mha,gqa}_{order}_{rope,nope}, as in the log's table; the order of training rows that
+    hold one segment ends with _pure. c: a config as a dict."""
     sort = {'shuffled': 'shuffled', 'topic': 'topic_ordered', 'pseudo': 'pseudo'}[c['order']]
     if c['order'] != 'shuffled' and c['cycles'] != 1:
         sort = f'{c["order"]}_c{c["cycles"]}'
     if c['order'] != 'shuffled' and c['cooldown']:
         sort += f'_cd{round(100 * c["cooldown"])}'
+    if c.get('max_segments') == 1:
+        sort += '_pure'
     return f'{"mha" if c["n_kv_head"] == c["n_head"] else "gqa"}_{sort}_{"rope" if c["rope"] else "nope"}'
 
 # -----------------------------------------------------------------------------
@@ -311,7 +322,7 @@ def training_step(model, loss_of, muon, adamw, c, corpus, batches, start, dtype,
         for rows in batches[now][0]:
             x = corpus[rows].long()                                                      # [micro, block_size + 1]
             with autocast(device, dtype):
-                loss = loss_of(x[:, :-1], x[:, 1:]) / (c['grad_accum'] * world)
+                loss = loss_of(x[:, :-1], x[:, 1:]).mean() / (c['grad_accum'] * world)
             loss.backward()
             loss_sum.add_(loss.detach())
         if world > 1:
@@ -361,19 +372,26 @@ def autocast(device, dtype):
 # -----------------------------------------------------------------------------
 # the training loop, for train.py and drope.py alike
 
-def evaluate(model, loss_of, tokens, micro, dtype):
-    """Mean cross-entropy in nats over validation rows [N, block_size + 1]; draws nothing at random. loss_of: the model,
-    or what `compiled` made of it: that knows batches of `micro` rows with gradients, others it would compile anew."""
+def evaluate(model, loss_of, tokens, topics, n_topics, micro, dtype):
+    """
+    Cross-entropy in nats over validation rows: (mean, [mean over the tokens of each topic]); draws nothing at random.
+
+    tokens, topics: [N, block_size + 1]. loss_of: the model, or what `compiled` made of it: that knows batches of
+    `micro` rows with gradients, others it would compile anew.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    total = torch.zeros(2, dtype=torch.float64, device=tokens.device)
-    for batch in tokens[rank::world].split(micro):
+    total = torch.zeros(2, n_topics, dtype=torch.float64, device=tokens.device)              # losses, tokens
+    for batch, z in zip(tokens[rank::world].split(micro), topics[rank::world].split(micro)):
         x, f = batch.long(), loss_of if len(batch) == micro else model
         with autocast(tokens.device, dtype), torch.set_grad_enabled(f is not model):
-            total[0] += f(x[:, :-1], x[:, 1:]).detach().double() * len(x)
-        total[1] += len(x)
+            losses = f(x[:, :-1], x[:, 1:]).detach().double().flatten()
+        label = z[:, 1:].long().flatten()
+        total[0].index_add_(0, label, losses)
+        total[1].index_add_(0, label, torch.ones_like(losses))
     if world > 1:
         dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    losses, counts = total.tolist()
+    return sum(losses) / sum(counts), [x / n if n else None for x, n in zip(losses, counts)]
 
 def fit(model, c, rows, labels, data, folder, device, dtype, compile):
     """
@@ -410,9 +428,11 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
 
     # the corpus lives on the device and is indexed there
     train = torch.from_numpy(data.train.astype(np.int32)).to(device)                     # [N, block_size + 1]
-    val = torch.from_numpy(data.val[:c['eval_rows']].astype(np.int32)).to(device)
+    val, val_topics = (torch.from_numpy(x[:c['eval_rows']].astype(np.int32)).to(device)
+                       for x in (data.val, data.val_topics))
     batches = torch.from_numpy(rows).to(device).view(max_iters, c['grad_accum'], world, micro)
-    topics_of = labels[rows].reshape(max_iters, -1)                                      # [max_iters, batch_size]
+    topics_of = labels[rows].reshape(max_iters, c['batch_size'])                         # [max_iters, batch_size]
+    since = steps_since(topics_of, np.bincount(labels, minlength=c['n_topics']) / len(labels))
     loss_of, graph = compiled(model) if compile else model, compile and device.type == 'cuda' and world == 1
     one_step, loss_sum = training_step(model, loss_of, muon, adamw, c, train, batches[:, :, rank], start, dtype, graph)
 
@@ -444,14 +464,18 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
                 if not math.isfinite(loss):
                     raise SystemExit(diverged.format('loss', loss, step))
                 tok_s = (step - logged) * c['batch_size'] * (train.size(1) - 1) / max(time.time() - clock, 1e-9)
-                val_loss = evaluate(model, loss_of, val, micro, dtype) if evaluating else None
+                val_loss, by_topic = None, None
+                if evaluating:
+                    val_loss, by_topic = evaluate(model, loss_of, val, val_topics, c['n_topics'], micro, dtype)
                 if evaluating and not math.isfinite(val_loss):
                     raise SystemExit(diverged.format('validation loss', val_loss, step))
                 if rank == 0:
                     topics = np.bincount(topics_of[logged:step].ravel(), minlength=c['n_topics'])
                     lr = c['muon_lr'] * lr_scale(step - 1, max_iters, c['warmup_iters']) if step else 0.0
                     log.write(json.dumps({
-                        'step': step, 'loss': loss if step else None, 'val_loss': val_loss, 'lr': lr,
+                        'step': step, 'loss': loss if step else None, 'val_loss': val_loss,
+                        **({'val_loss_topics': by_topic, 'since': since[step].tolist()} if evaluating else {}),
+                        'lr': lr,
                         'tok_s': round(tok_s), 'topics': topics.tolist(),
                         'seconds': round(before + time.time() - began, 2)}) + '\n')
                     log.flush()
@@ -459,7 +483,7 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
                     bar.set_postfix(shown | ({'val': f'{val_loss:.4f}'} if evaluating else {}))
                     if bar.disable and evaluating:          # no terminal: a line now and then
                         print(f'{folder}: step {step} of {max_iters}, val loss {val_loss:.4f}', flush=True)
-                    if evaluating and step > start:
+                    if evaluating and (step > start or last):
                         save_checkpoint(ckpt_path, {
                             'model': model.state_dict() | {
                                 name: muon.master[p] for name, p in model.named_parameters() if p in muon.master},
