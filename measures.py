@@ -289,7 +289,7 @@ def overlap(A, pattern):
     """Mass that A [B,H,T,T] shares with pattern [H,T,T]: mean over queries of sum_s min(A, pattern) [B,H], 1 if equal.
 
     For rows the pattern was not fitted on; the ceiling is that of their mean pattern in place of the fit. What a fit
-    leaves over is not topical by itself. Peak memory: one more A in fp64.
+    leaves over is not topical by itself. Peak memory: A twice more in fp64.
     """
     return torch.minimum(A.double(), pattern.double()).sum(-1).mean(-1)
 
