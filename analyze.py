@@ -93,8 +93,8 @@ def ablated(model, means, heads):
                 y[..., part] = mean[:, part]
             return (y,)
         return attention.o_proj.register_forward_pre_hook(hook)
-    hooks = [replace(b.self_attn, means[layer], [h for at, h in heads if at == layer])
-             for layer, b in enumerate(model.model.layers)]
+    hooks = [replace(model.model.layers[layer].self_attn, means[layer], [h for at, h in heads if at == layer])
+             for layer in {layer for layer, _ in heads}]
     try:
         yield
     finally:

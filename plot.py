@@ -657,6 +657,7 @@ def main(cfg):
     unkept = lambda *key: [r for r in ana(*key) if r['stage'] in ('rope', 'drope')]
     has_topics = lambda r: any(sum(row.get('topics') or []) for row in r['log'])
     recovered = [r for r in exp['recovery'] if any(s is not None for s in r['steps'])]
+    recovered = recovered if any(s for r in recovered for s in r['steps']) else []         # all there at once: no news
     figures = {plot_loss: [r for r in exp['runs'] if len(curve([r], 'val_loss')[0])],
                plot_order: [r for r in exp['runs'] if r['stage'] == 'rope' and has_topics(r)],
                plot_scores_p: ana('heads', 'score_p'), plot_scores_o: ana('heads', 'o_z'),

@@ -1,9 +1,11 @@
 """The model and the optimizer against independent references: transformers' Qwen3, SDPA, torch.optim.Muon."""
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
+from analyze import ablated, ablation
 from model import Qwen3
 from train import Muon
 
@@ -74,6 +76,41 @@ def test_constant_sequence_without_rope_gives_uniform_attention():
         assert (pattern - uniform).abs().max() < 1e-6
     model.rope = True                                       # the switch matters
     assert (list(model.trace(torch.full_like(idx, 7)))[1][1] - uniform).abs().max() > 1e-3
+
+def test_ablated_heads_are_replaced():
+    """By zeros: the same as a model whose o_proj does not read those heads; by its own output: the same model."""
+    model, idx = tiny('gqa 2:1')
+    before, D = model(idx), 8
+    cut, _ = tiny('gqa 2:1')
+    with torch.no_grad():
+        for layer, h in ((0, 1), (2, 3)):
+            cut.model.layers[layer].self_attn.o_proj.weight[:, h * D:(h + 1) * D] = 0
+    zeros = {layer: torch.zeros(idx.size(1), 4 * D) for layer in range(3)}
+    with ablated(model, zeros, [(0, 1), (2, 3)]):
+        without = model(idx)
+    assert torch.allclose(without, cut(idx), atol=1e-6) and (without - before).abs().max() > 1e-3
+    assert torch.equal(model(idx), before)                  # the hooks are gone
+    outputs = {}
+    hook = model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda _, a: outputs.update({1: a[0][0]}))
+    model(idx[:1])
+    hook.remove()
+    with ablated(model, outputs, [(1, h) for h in range(4)]):
+        assert torch.allclose(model(idx[:1]), before[:1], atol=1e-5)
+
+def test_ablation_uses_the_halves():
+    """Means and ranking come from the first half of the rows, losses from the second."""
+    model, idx = tiny('mha', T=65)
+    model.block_size = 64
+    z = (torch.arange(64) // 20).clamp(max=1).expand(3, 64)
+    idx, z = torch.cat([idx, idx]), torch.cat([z, z])[:6]
+    score, entropy = np.arange(12.).reshape(3, 4), np.ones((3, 4))
+    a = ablation(model, idx, z, score, entropy, 2, 0)
+    assert a['none']['loss'] == pytest.approx(model(idx[3:, :-1], idx[3:, 1:]).mean().item(), abs=1e-5)
+    assert a['k'] == [1, 2, 4] and len({round(x['loss'], 6) for x in a['topical']}) == 3
+    other = idx.clone()
+    other[:3] = other[:3].flip(1)                           # other means: other losses, the whole model's stay
+    b = ablation(model, other, z, score, entropy, 2, 0)
+    assert b['none'] == a['none'] and b['topical'] != a['topical']
 
 def test_run_1_has_27_4_million_parameters():
     with torch.device('meta'):

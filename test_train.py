@@ -15,7 +15,7 @@ import torch
 import shards
 from bench import plain_step
 from model import build
-from train import compiled, dominant_topic, lr_scale, optimizers, row_order, training_step
+from train import compiled, dominant_topic, lr_scale, optimizers, row_order, steps_since, training_step
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--head_dim=8', '--mlp_hidden=24', '--batch_size=8',
@@ -249,7 +249,7 @@ def test_drop_and_kept_control(dataset, tmp_path):
     parent = f'{tmp_path}/mha_shuffled_rope/seed0'
     assert run('train.py', *TINY, f'--data_dir={dataset}', f'--run={parent}', '--max_iters=40').returncode == 0
     for keep in (False, True):
-        done = run('drope.py', f'--run={parent}', '--recal_iters=0.5,4', f'--keep_rope={keep}')
+        done = run('drope.py', f'--run={parent}', '--recal_iters=0.5,4,0', f'--keep_rope={keep}')
         assert done.returncode == 0, done.stderr
     drope, kept = f'{tmp_path}/mha_shuffled_drope/seed0', f'{tmp_path}/mha_shuffled_kept/seed0'
     for sub, steps in (('', 20), ('/recal_4', 4)):
@@ -260,3 +260,20 @@ def test_drop_and_kept_control(dataset, tmp_path):
     first = [next(r for r in map(json.loads, open(f + '/log.jsonl')) if 'step' in r)['val_loss'] for f in (drope, kept)]
     assert first[1] == pytest.approx(losses(parent)[-1, 1], abs=1e-6)      # kept begins where the parent ended
     assert abs(first[0] - first[1]) > 1e-5                                 # without RoPE it is another function
+    assert same(weights(f'{drope}/recal_0'), weights(parent)) and not os.path.exists(f'{kept}/recal_0')
+    assert losses(f'{drope}/recal_0').tolist() == losses(drope)[:1].tolist()         # dropped, and nothing else
+
+def test_validation_by_topic(dataset, tmp_path):
+    """The mean over topics, weighted by their tokens, is the validation loss; `since` counts from a topic's block."""
+    folder = str(tmp_path / 'run')
+    done = run('train.py', *TINY, f'--data_dir={dataset}', f'--run={folder}', '--order=topic', '--max_iters=24',
+               '--eval_interval=4')
+    assert done.returncode == 0, done.stderr
+    records = [r for r in map(json.loads, open(folder + '/log.jsonl')) if r.get('val_loss_topics')]
+    counts = np.bincount(shards.read(dataset).val_topics[:, 1:].ravel())
+    for r in records:
+        assert np.dot(counts, r['val_loss_topics']) / counts.sum() == pytest.approx(r['val_loss'], abs=1e-9)
+        assert min(r['since']) == 0 and r['step'] >= max(r['since'])
+    assert max(max(r['since']) for r in records) > 4
+    topics = np.array([[0, 0], [0, 1], [1, 1], [1, 1], [0, 0]])
+    assert steps_since(topics, np.array([0.5, 0.5])).tolist() == [[0, 0], [0, 1], [0, 0], [1, 0], [2, 0], [0, 1]]
