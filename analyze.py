@@ -102,11 +102,11 @@ def ablated(model, means, heads):
             hook.remove()
 
 @torch.no_grad()
-def ablation(model, tokens, z, score, entropy, draws, seed):
+def ablation(model, tokens, topics, score, entropy, draws, seed):
     """
     What the most topical heads are for: losses on the second half of the rows with k heads mean-ablated, the means and
-    the ranking from the first half, beside k random and k heads of like entropy. tokens [n, T + 1], z [n, T], score
-    and entropy [L, H]. near: the first tokens after a boundary, far: those well inside a run; nats.
+    the ranking from the first half, beside k random and k heads of like entropy. tokens and topics [n, T + 1], score
+    and entropy [L, H]. near: the loss on the first tokens after a boundary, far: on those well inside a run; nats.
     """
     half, generator, means = len(tokens) // 2, torch.Generator().manual_seed(seed), {}
     at = lambda part: ((x[:, :-1], x[:, 1:]) for x in part.split(16))
@@ -117,13 +117,13 @@ def ablation(model, tokens, z, score, entropy, draws, seed):
         model(x, y)
     for hook in hooks:
         hook.remove()
-    distance = measures.distance_from_boundary(z[half:])
+    distance = measures.distance_from_boundary(topics[half:])[:, 1:]                       # of the token predicted
     def losses(heads):
         with ablated(model, means, heads):
             loss = torch.cat([model(x, y) for x, y in at(tokens[half:])])                  # [n / 2, T]
         parts = {'loss': loss, 'near': loss[(distance >= 0) & (distance < NEAR)], 'far': loss[distance >= FAR]}
         return {k: v.mean().item() for k, v in parts.items()}
-    result = {'k': [k for k in ABLATED if k <= score.size // 2], 'near_below': NEAR, 'far_from': FAR,
+    result = {'k': [k for k in ABLATED if k <= max(1, score.size // 4)], 'near_below': NEAR, 'far_from': FAR,
               'none': losses([]), 'topical': [], 'random': [], 'entropy': []}
     for k in result['k']:
         picks = [measures.ablation_heads(score, entropy, k, generator) for _ in range(draws)]
@@ -147,6 +147,10 @@ def main(cfg):
     check(cfg)
     if not cfg.run:
         raise SystemExit('analyze.py: --run=FOLDER, the trained run to analyse')
+    with memory_errors('analyse on a device with more of it, such as --device=cpu'):
+        return analyse(cfg)
+
+def analyse(cfg):
     clock = time.time()
     c = read_config(cfg.run)
     ckpt = read_finished(cfg.run, c)
@@ -200,8 +204,7 @@ def main(cfg):
                 free[layer] = measures.free_fit(known[layer])
             for found, pattern_of in zip(overlap[layer], (free[layer], known[layer])):
                 found.append(measures.overlap(pattern, pattern_of))
-    with memory_errors('analyse on a device with more of it, such as --device=cpu'):
-        states = activations(model, f'analyse {os.path.relpath(cfg.run)}', attend)
+    states = activations(model, f'analyse {os.path.relpath(cfg.run)}', attend)
 
     # ---- attention
     p_half = np.stack([measures.score_p(s) for s in sums[0]])                              # [L, H], on half the rows
@@ -224,8 +227,8 @@ def main(cfg):
         ranked = np.nan_to_num(p_half).ravel().argsort()
         maps = [pattern_map(patterns[i // H][i % H], z[row].cpu(), which, i // H, i % H, tidy(float(p_half.flat[i])))
                 for which, i in (('most topical', int(ranked[-1])), ('least topical', int(ranked[0])))]
-        whole = torch.from_numpy(data.val[:n_rows].astype(np.int64)).to(device)            # [n_rows, T + 1]
-        ablation_of = ablation(model, whole, z, p_half, entropy_half, cfg.ablation_draws, c['seed'])
+        whole = (torch.from_numpy(x[:n_rows].astype(np.int64)).to(device) for x in (data.val, data.val_topics))
+        ablation_of = ablation(model, *whole, p_half, entropy_half, cfg.ablation_draws, c['seed'])
 
     # ---- probes: train and test tokens come from different rows
     train_at, test_at = (at.to(device) for at in probe_at)

@@ -6,9 +6,10 @@ How fast a config trains: the step of train.py beside the same step in plain PyT
     python bench.py config/demo.py --stages=True            # and the time of each stage of an experiment
 
 Random tokens, no dataset. Times are medians over bench_steps steps, with the 10th and 90th percentile; compilation is
-apart. MFU: the products that a step cannot do without, 6 N a token (N parameters, the tied matrix once) and
-6 n_layer n_head head_dim block_size for causal attention, over the step's time, over the rate at which the device
-multiplies two large random matrices of the same type. Writes out/bench/<config>.json.
+apart, and peak memory is that of the steps, without an evaluation. MFU: the products that a step cannot do without,
+6 N a token (N parameters, the tied matrix once) and 6 n_layer n_head head_dim block_size for causal attention, over
+the step's time, over the rate at which the device multiplies two large random matrices of the same type. Writes
+out/bench/<config>.json.
 """
 import time
 
@@ -128,7 +129,7 @@ def time_stages(cfg, name):
                                              'recal_iters': (n,), 'eval_interval': n})
         clock('data, a seed', data_synth.main, stage(cfg, 'data_synth.py', seed=0))
         run = clock(f'train, {n} steps', train.main, train_stage(cfg, cfg.arms[0], 0))
-        clock(f'train, {n} steps, the next arm', train.main, train_stage(cfg, cfg.arms[-1], 0))
+        clock(f'train, {n} steps, then {cfg.arms[1]}', train.main, train_stage(cfg, cfg.arms[1], 0))
         for label, keep in (('kept', True), ('drope', False)):
             at = stage(cfg, 'drope.py', run=run, keep_rope=keep)
             clock(f'{label}, {n} steps', drope.recalibrate, at, n)

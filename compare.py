@@ -111,10 +111,11 @@ def effects(runs):
                            'smallest': smallest_effect(len(d)) and smallest_effect(len(d)) * float(np.std(d, ddof=1)),
                            'seeds': shared, 'differences': d})
             family += [] if primary else [result[-1]]
-        most = max((e['seeds'] for e in family), key=len, default=())
-        family = [e for e in family if e['seeds'] == most]  # a flip must flip the same seeds in all of them
-        if family:
-            for e, p in zip(family, max_t(np.array([e['differences'] for e in family]).T)):
+        # a flip must flip the same seeds in all of them: those that every effect has
+        common = sorted(set.intersection(*(set(e['seeds']) for e in family))) if family else []
+        if common:
+            d = np.array([[e['differences'][e['seeds'].index(seed)] for e in family] for seed in common])
+            for e, p in zip(family, max_t(d)):
                 e['p_adjusted'] = p
     return result
 
@@ -129,14 +130,16 @@ def matched(runs, points=25):
     """
     Differences between arms at equal validation loss, along the recalibration lengths of DroPE.
 
-    For each seed a measure is interpolated linearly in the loss above that seed's filter, inside the range where both
-    arms have points and never beyond. Returns [{'attention', 'arms', 'measure', 'loss': grid of nats above the filter,
-    'mean', 'low', 'high', 'n': of each grid point; 'average': t-interval and 'p': sign flips of each seed's mean
-    difference over its range, 'seeds': how many have one}]; arms with fewer than two lengths are left out.
+    For each seed a measure is interpolated linearly in the loss above that seed's filter, through its lengths sorted by
+    loss, inside the range where both arms have points and never beyond. Length 0, a model that never recovered, is
+    left out, and the average is taken over the logarithm of the loss. Returns [{'attention', 'arms', 'measure',
+    'loss': grid of nats above the filter, 'mean', 'low', 'high', 'n': of each grid point; 'average': t-interval and
+    'p': sign flips of each seed's mean difference over its range, 'seeds': how many have one}]; arms with fewer than
+    two lengths are left out.
     """
     curves, result = {}, []                                 # (attention, order, seed) -> rows by rising loss
     for r in sorted(runs, key=lambda r: r['excess']):
-        if r['stage'] == 'drope':
+        if r['stage'] == 'drope' and r['recal_steps'] and r['excess'] > 0:
             curves.setdefault((r['attention'], r['order'], r['seed']), []).append(r)
     arms = dict.fromkeys((attention, order) for attention, order, _ in curves)
     for (attention, a), measure in itertools.product(arms, ('score_p', 'probe')):
@@ -149,14 +152,14 @@ def matched(runs, points=25):
             ranges = [(max(x[0]['excess'], y[0]['excess']), min(x[-1]['excess'], y[-1]['excess'])) for x, y in pairs]
             if not any(low < high for low, high in ranges):
                 continue
-            grid = np.linspace(min(r[0] for r in ranges), max(r[1] for r in ranges), points)
+            grid = np.geomspace(min(r[0] for r in ranges), max(r[1] for r in ranges), points)
             at = lambda rows, loss: np.interp(loss, [r['excess'] for r in rows], [middle(r, measure) for r in rows])
             d = np.array([np.where((grid >= low) & (grid <= high), at(x, grid) - at(y, grid), np.nan)
                           for (x, y), (low, high) in zip(pairs, ranges)])          # [seeds, points]
             cells = [t_interval(column[~np.isnan(column)]) if (~np.isnan(column)).any() else (None,) * 3
                      for column in d.T]
             mine = [float(np.mean(at(x, fine) - at(y, fine))) for (x, y), (low, high) in zip(pairs, ranges)
-                    if low < high for fine in (np.linspace(low, high, 200),)]
+                    if low < high for fine in (np.geomspace(low, high, 200),)]
             result.append({'attention': attention, 'arms': [a, b], 'measure': measure, 'loss': grid.tolist(),
                            **{k: [c[i] for c in cells] for i, k in enumerate(('mean', 'low', 'high'))},
                            'n': (~np.isnan(d)).sum(0).tolist(), 'average': t_interval(mine), 'p': sign_flip_p(mine),
@@ -191,6 +194,21 @@ def recovery(runs, logs, above=(0.5, 0.2, 0.1, 0.05, 0.02)):
         result.append({'condition': condition, 'seed': seed, 'loss': list(above), 'steps': steps})
     return result
 
+def recovery_effects(recovered):
+    """Paired differences of log2(steps to recover) under DroPE, arm - base, at each target that both arms of at least
+    one seed reach: [{'contrast', 'loss', 'mean', 'low', 'high', 'n', 'p'}]; -1: in half the steps. Exploratory."""
+    steps = {(r['condition'], r['seed'], loss): s for r in recovered for loss, s in zip(r['loss'], r['steps']) if s}
+    result = []
+    for name, loss in dict.fromkeys((name, loss) for name, _, loss in steps if name.endswith('_drope')):
+        attention, order = name.removesuffix('_drope').split('_', 1)
+        other = f'{attention}_{base(order)}_drope'
+        d = [float(np.log2(s / steps[other, seed, loss])) for (at, seed, l), s in steps.items()
+             if (at, l) == (name, loss) and (other, seed, loss) in steps]
+        if d:
+            result.append({'contrast': f'{attention} {order} - {base(order)}', 'loss': loss, 'n': len(d),
+                           **dict(zip(('mean', 'low', 'high'), t_interval(d))), 'p': sign_flip_p(d)})
+    return result
+
 # -----------------------------------------------------------------------------
 # what the order did while training ran
 
@@ -210,15 +228,18 @@ def forgetting(logs, edges=(0, 1, 100, 200, 400, 800, 1600, 3200)):
     How much is lost on a topic since it was last seen: [{'condition', 'since': lower edges in steps, 'excess', 'n'}].
 
     excess: validation loss on tokens of a topic minus the same in the shuffled arm of that seed at that step, the mean
-    over topics, steps and seeds. logs: (attention, order, seed) -> records, with 'since' and 'val_loss_topics'.
+    over topics, steps and seeds, without topics that were never seen. Of arms with mixed windows, as shuffled has.
+    logs: (attention, order, seed) -> records, with 'since' and 'val_loss_topics'.
     """
     found = {}
     for (attention, order, seed), records in logs.items():
+        if order == 'shuffled_pure':
+            continue                                        # differs from its base in the windows, not in the order
         reference = {r['step']: r for r in logs.get((attention, base(order), seed), ()) if r.get('val_loss_topics')}
         for r in records:
             if r.get('val_loss_topics') and r['step'] in reference and r['step']:
                 for loss, calm, since in zip(r['val_loss_topics'], reference[r['step']]['val_loss_topics'], r['since']):
-                    if loss is not None:
+                    if loss is not None and since < r['step']:
                         cell = int(np.searchsorted(edges, since, side='right')) - 1
                         found.setdefault(f'{attention}_{order}_rope', {}).setdefault(cell, []).append(loss - calm)
     return [{'condition': name, 'since': [edges[k] for k in sorted(cells)],
@@ -229,30 +250,45 @@ def forgetting(logs, edges=(0, 1, 100, 200, 400, 800, 1600, 3200)):
 # the verdict
 
 def verdict(summary):
-    """One sentence for each attention type: what the primary measure allows to be said, and no more."""
-    lines = []
-    show = lambda x: f'{x[0]:+.4f}' + ('' if x[1] is None else f' [{x[1]:+.4f}, {x[2]:+.4f}]')
+    """
+    A few sentences for each attention type: what the primary measure allows to be said, and no more.
+
+    The primary measure is a difference of differences: it can move because DroPE or because keeping RoPE changed
+    something. 'Under DroPE' is said only where the simple difference there moves too, after adjustment.
+    """
+    lines, by = [], {(e['measure'], e['contrast']): e for e in summary['effects']}
+    show = lambda mean, low, high: f'{mean:+.4f}' + ('' if low is None else f' [{low:+.4f}, {high:+.4f}]')
     for e in (e for e in summary['effects'] if e['primary']):
-        attention, n = e['contrast'].split()[0].upper(), e['n']
+        (attention, arms), n = e['contrast'].removesuffix(', drope - kept').split(' ', 1), e['n']
+        name = attention.upper()
         if n == 1:
-            lines.append(f'{attention}: one seed ({e["mean"]:+.4f}): no test, nothing can be concluded.')
+            lines.append(f'{name}: one seed ({e["mean"]:+.4f}): no test, nothing can be concluded.')
             continue
-        found = f'{e["mean"]:+.4f} [{e["low"]:+.4f}, {e["high"]:+.4f}], sign-flip p = {e["p"]:.3f}, n = {n}'
+        def moves(measure):                                 # under DroPE itself, in the direction of the primary one
+            d = by.get((measure, f'{attention} {arms}, drope'))
+            return d is not None and (d['p_adjusted'] or 1) <= 0.05 and d['mean'] * e['mean'] > 0
+        found = f'{show(e["mean"], e["low"], e["high"])}, sign-flip p = {e["p"]:.3f}, n = {n}'
+        line = f'{name}: the effect of topic order on P '
         if e['p'] <= 0.05:
-            o = [o for o in summary['effects'] if (o['measure'], o['contrast']) == ('score_o', e['contrast'])]
-            agrees = o and (o[0]['p_adjusted'] or 1) <= 0.05 and o[0]['mean'] * e['mean'] > 0
-            lines.append(f'{attention}: topic order changes P under DroPE, beyond the kept control ({found}); ' + (
-                'O agrees, so it may be called topic.' if agrees else 'O does not show it, so it may be contiguity.'))
-        elif e['smallest'] is None:
-            lines.append(f'{attention}: no effect of order on P under DroPE is shown ({found}); with {n} seeds no p '
-                         'can be below 0.05, take six or more.')
+            line += f'differs between DroPE and kept RoPE ({found})'
+            if moves('score_p'):
+                line += ', and is there under DroPE; ' + (
+                    'O agrees: topic, or tokens that tell it, not contiguity.' if moves('score_o') else
+                    'O does not show it, so it may be contiguity.')
+            else:
+                line += ', but under DroPE itself no effect is shown: what differs is the kept arm.'
         else:
-            lines.append(f'{attention}: no effect of order on P under DroPE is shown ({found}); one of '
-                         f'{e["smallest"]:.4f} would have been found in four of five such experiments.')
-        equal = {m['measure']: m for m in summary.get('matched', ()) if m['arms'] == ['topic_ordered', 'shuffled']
-                 and m['attention'].upper() == attention}
+            line += f'is not shown to differ between DroPE and kept RoPE ({found}); '
+            line += (f'with {n} seeds no p can be below 0.05, take six or more.' if e['smallest'] is None else
+                     f'a difference of {e["smallest"]:.4f} would have been found in four of five such experiments.')
+        d = by.get(('score_p', f'{attention} {arms}, drope'))
+        line += f' Under DroPE alone: {show(d["mean"], d["low"], d["high"])}' + (
+            f', adjusted p = {d["p_adjusted"]:.3f}.' if d['p_adjusted'] else '.')
+        equal = {m['measure']: m for m in summary.get('matched', ()) if m['arms'] == arms.split(' - ')
+                 and m['attention'] == attention}
         if equal:
-            lines[-1] += ' At equal loss along DroPE, topic - shuffled: ' + ', '.join(
-                f'{name} {show(equal[key]["average"])}' + (f', p = {equal[key]["p"]:.3f}' if equal[key]['p'] else '')
-                for key, name in (('score_p', 'P'), ('probe', 'probe'))) + '.'
+            line += ' At equal loss along DroPE (exploratory, unadjusted): ' + ', '.join(
+                f'{label} {show(*equal[key]["average"])}' + (f', p = {equal[key]["p"]:.3f}' if equal[key]['p'] else '')
+                for key, label in (('score_p', 'P'), ('probe', 'probe'))) + '.'
+        lines.append(line)
     return lines

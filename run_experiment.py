@@ -9,6 +9,7 @@ What is done is skipped: a run is done when its analysis.json is there with the 
 under results/, even where its checkpoint was deleted. Stop it at any time; the same command goes on. Writes
 summary.json, summary.md and figures/ into out_dir; --publish copies what they are made from to results/<experiment>/.
 """
+import contextlib
 import glob
 import itertools
 import json
@@ -30,7 +31,7 @@ import drope
 import plot
 import shards
 import train
-from compare import effects, forgetting, matched, orderedness, recovery, t_interval, verdict
+from compare import effects, forgetting, matched, orderedness, recovery, recovery_effects, t_interval, verdict
 from configurator import SCRIPTS, block, configure
 from model import build, read_config
 
@@ -124,12 +125,19 @@ def run_arm(cfg, arm, seed):
     parent = runs[0][0]
     # the parent is trained, again if its checkpoint was deleted, where a run has still to start from it
     if any(run is runs[0] or not os.path.exists(os.path.join(run[0], 'ckpt.pt')) for run in todo):
+        if not os.path.exists(os.path.join(parent, 'ckpt.pt')):
+            todo = runs                                     # another parent, to the bit, on a GPU: all of it anew
+            for folder, _, _ in runs:
+                for name in ('ckpt.pt', 'log.jsonl', 'analysis.json'):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(os.path.join(folder, name))
         train.main(train_stage(cfg, arm, seed))
     for folder, c, length in todo:
         if length is not None:
             drope.recalibrate(stage(cfg, 'drope.py', run=parent, keep_rope=c['keep_rope']), length)
         analyze.main(analysis_stage(cfg, folder, length))
-        if cfg.publish:
+    if cfg.publish:
+        for folder, _, _ in runs:
             publish_run(cfg, folder)
 
 def steps_made(folder):
@@ -203,10 +211,11 @@ def summarise(cfg, runs):
     mean = lambda key: float(np.mean([r[key] for r in references])) if references[0][key] is not None else None
     parents = {(r['attention'], r['order'], r['seed']): logs[r['condition'], r['seed'], None]
                for r in rows if r['stage'] == 'rope'}
+    recovered = recovery(rows, logs) if references[0]['filter'] else []
     summary = {'experiment': os.path.basename(cfg.out_dir), 'references': {k: mean(k) for k in references[0]},
                'device': a['device'], 'versions': a['versions'], 'n_layer': cfg.n_layer, 'runs': rows,
-               'effects': effects(rows), 'matched': matched(rows), 'recovery': recovery(rows, logs),
-               'forgetting': forgetting(parents)}
+               'effects': effects(rows), 'matched': matched(rows), 'recovery': recovered,
+               'recovery_effects': recovery_effects(recovered), 'forgetting': forgetting(parents)}
     shards.write_json(os.path.join(cfg.out_dir, 'summary.json'), summary)
     return summary
 
@@ -256,11 +265,23 @@ def equal_loss_table(summary):
                      f'| {m["seeds"]} | {analyze.show(m["p"], ".3f")} |')
     return lines if summary['matched'] else []
 
+def recovery_effects_table(summary):
+    """How many times faster or slower arms recover, as Markdown lines."""
+    lines = ['| Contrast, drope | Until within | log2 of the ratio of steps | 95% interval | n | p (sign flip) |',
+             '|---' * 6 + '|']
+    for e in summary['recovery_effects']:
+        interval = 'n=1: no interval' if e['low'] is None else f'[{e["low"]:+.3f}, {e["high"]:+.3f}]'
+        lines.append(f'| {e["contrast"]} | {e["loss"]} nats | {e["mean"]:+.3f} | {interval} | {e["n"]} '
+                     f'| {analyze.show(e["p"], ".3f")} |')
+    return lines if summary['recovery_effects'] else []
+
 def order_table(summary):
-    """Realised orderedness of each order, as Markdown lines."""
-    parents = [r for r in summary['runs'] if r['stage'] == 'rope' and r['orderedness'] is not None]
-    found = {r['order']: r['orderedness'] for r in parents}
-    return ['| Order | Orderedness |', '|---|---|', *(f'| {k} | {v:.3f} |' for k, v in found.items())] if found else []
+    """Realised orderedness of each order, the mean over seeds, as Markdown lines."""
+    found = {}
+    for r in summary['runs']:
+        if r['stage'] == 'rope' and r['orderedness'] is not None:
+            found.setdefault(f'{r["attention"]} {r["order"]}', []).append(r['orderedness'])
+    return ['| Order | Orderedness |', '|---|---|', *(f'| {k} | {np.mean(v):.3f} |' for k, v in found.items())]
 
 def section(title, text, lines):
     """A section of the report; nothing where there are no lines."""
@@ -304,33 +325,40 @@ def write_report(cfg, summary, figures):
         '80% power from: the smallest difference that this many seeds find four times in five, at the spread seen. '
         'Max-T: adjusted for all of the attention type\'s differences but the primary.', '',
         *section('At equal loss', 'Differences interpolated in the loss above the filter, along the recalibration '
-                 'lengths of DroPE, where both arms have points.', equal_loss_table(summary)),
-        *section('Recovery', 'Steps of the longest recalibration until the validation loss is that near to the filter; '
-                 '— where a seed never gets there.', recovery_table(summary)),
+                 'lengths of DroPE but 0, where both arms have points. Exploratory: the p-values stand alone.',
+                 equal_loss_table(summary)),
+        *section('Recovery', 'Steps of the longest recalibration until the validation loss is that near to the filter, '
+                 'by a straight line between evaluations; — where a seed never gets there.', recovery_table(summary)),
+        *section('Recovery, compared', '-1: in half the steps of the other arm. Exploratory: the p-values stand alone.',
+                 recovery_effects_table(summary)),
         *section('Realised order', 'How much the step tells of a row\'s topic: 0 nothing (shuffled rows: what chance '
                  'leaves), 1 everything.', order_table(summary)), '## Figures', '',
         *(f'![{os.path.basename(f)}]({os.path.relpath(f, cfg.out_dir)})\n' for f in figures)]
     shards.write_text(os.path.join(cfg.out_dir, 'summary.md'), '\n'.join(lines) + '\n')
 
 def publish_file(cfg, source, copy):
-    """Copy one JSON, Markdown or PNG file, curves thinned to 200 points, maps of the first seed alone; atomic."""
+    """Copy one JSON, Markdown or PNG file, atomic; curves thinned, maps and spectra of seed 0 alone: a few MB."""
     os.makedirs(os.path.dirname(copy), exist_ok=True)
     if source.endswith('log.jsonl'):
         lines = open(source).read().splitlines()
-        step = max(1, len(lines) // 200)                    # a curve published before stays as it is
+        step = max(1, len(lines) // 60)                     # a curve published before stays as it is
         kept = [line for i, line in enumerate(lines) if i % step == 0 or '"val_loss": null' not in line]
         shards.write_text(copy, '\n'.join(kept) + '\n')
     elif source.endswith('analysis.json'):
         a = json.load(open(source))
-        if a['seed'] != cfg.seeds[0]:
+        if a['seed'] != 0:
             a['maps'] = []
+            if a['circuits']:
+                a['circuits'] = {k: v for k, v in a['circuits'].items() if k not in ('qk', 'ov')}
         shards.write_text(copy, json.dumps(a, allow_nan=False) + '\n')
     else:
         shutil.copy(source, copy + '.tmp')
         os.replace(copy + '.tmp', copy)
 
 def publish_run(cfg, folder):
-    """A finished run, at once: whatever stops the experiment later, another machine will know that it is done."""
+    """A run of a finished arm, at once: whatever stops the experiment, another machine will know that it is done."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(published(cfg, folder), 'analysis.json'))
     for name in ('config.json', 'log.jsonl', 'analysis.json'):          # the last says that it is all there
         publish_file(cfg, os.path.join(folder, name), os.path.join(published(cfg, folder), name))
 

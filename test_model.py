@@ -98,15 +98,17 @@ def test_ablated_heads_are_replaced():
         assert torch.allclose(model(idx[:1]), before[:1], atol=1e-5)
 
 def test_ablation_uses_the_halves():
-    """Means and ranking come from the first half of the rows, losses from the second."""
+    """The means come from the first half of the rows, the losses from the second; near is what follows a boundary."""
     model, idx = tiny('mha', T=65)
     model.block_size = 64
-    z = (torch.arange(64) // 20).clamp(max=1).expand(3, 64)
+    z = (torch.arange(65) // 20).clamp(max=1).expand(3, 65)
     idx, z = torch.cat([idx, idx]), torch.cat([z, z])[:6]
     score, entropy = np.arange(12.).reshape(3, 4), np.ones((3, 4))
     a = ablation(model, idx, z, score, entropy, 2, 0)
     assert a['none']['loss'] == pytest.approx(model(idx[3:, :-1], idx[3:, 1:]).mean().item(), abs=1e-5)
-    assert a['k'] == [1, 2, 4] and len({round(x['loss'], 6) for x in a['topical']}) == 3
+    assert a['k'] == [1, 2] and len({round(x['loss'], 6) for x in a['topical']}) == 2
+    near = model(idx[3:, :-1], idx[3:, 1:])[:, 19:23].mean().item()          # tokens 20-23, predicted at 19-22
+    assert a['none']['near'] == pytest.approx(near, abs=1e-5)
     other = idx.clone()
     other[:3] = other[:3].flip(1)                           # other means: other losses, the whole model's stay
     b = ablation(model, other, z, score, entropy, 2, 0)

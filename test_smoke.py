@@ -11,8 +11,8 @@ from scipy import stats
 
 import shards
 from configurator import SCRIPTS, block, configure
-from compare import (effects, forgetting, matched, max_t, orderedness, recovery, sign_flip_p, smallest_effect,
-                     t_interval)
+from compare import (base, effects, forgetting, matched, max_t, orderedness, recovery, recovery_effects, sign_flip_p,
+                     smallest_effect, t_interval, verdict)
 from test_train import HERE, TINY, dataset, run                      # noqa: F401 (dataset is a fixture)
 
 EXPERIMENT = """
@@ -161,15 +161,43 @@ def test_recovery_and_forgetting():
     rows = curve('shuffled', 0, (0.5, 0.1), lambda x: 0)
     logs = {('mha_shuffled_drope', 0, 1): [{'step': s, 'val_loss': 5 + x} for s, x in ((0, 1.1), (10, 0.6), (20, 0.1))]}
     (r,) = recovery(rows, logs, above=(2, 0.6, 0.35, 0.05))
-    assert r['steps'] == pytest.approx([0, 10, 15, None]) if None not in r['steps'] else (
-        r['steps'][:3] == pytest.approx([0, 10, 15]) and r['steps'][3] is None)
-    record = lambda losses, since: [{'step': 5, 'val_loss_topics': losses, 'since': since, 'topics': [1, 1]}]
+    assert r['steps'][:3] == pytest.approx([0, 10, 15]) and r['steps'][3] is None
+    twice = [{**r, 'condition': f'mha_{order}_drope', 'seed': seed, 'steps': [0, 10 * k * (seed + 1), None, None]}
+             for order, k in (('shuffled', 1), ('topic_ordered', 2)) for seed in (0, 1)]
+    (e,) = recovery_effects(twice)
+    assert (e['mean'], e['n'], e['loss']) == (1.0, 2, 0.6) and e['contrast'] == 'mha topic_ordered - shuffled'
+    record = lambda losses, since: [{'step': 500, 'val_loss_topics': losses, 'since': since, 'topics': [1, 1]}]
     logs = {('mha', 'shuffled', 0): record([1.0, 2.0], [0, 0]),
             ('mha', 'topic_ordered', 0): record([1.5, 2.1], [150, 0])}
     found = {f['condition']: f for f in forgetting(logs)}
     assert found['mha_topic_ordered_rope'] == {
         'condition': 'mha_topic_ordered_rope', 'since': [0, 100], 'excess': pytest.approx([0.1, 0.5]), 'n': [1, 1]}
     assert list(found) == ['mha_topic_ordered_rope']
+
+def test_verdict_says_what_moved():
+    """The primary contrast is a difference of differences: the verdict must not take the kept arm for DroPE."""
+    def said(**shift):                                      # stage -> topic - shuffled of P and O, six seeds
+        noise = np.random.default_rng(0)
+        runs = [{'condition': f'mha_{order}_{kind}', 'attention': 'mha', 'order': order, 'stage': kind, 'seed': seed,
+                 'main': True, 'probe': [0, 0, 0], 'val_loss': 1, 'within': 0, 'entropy': 0,
+                 **{m: (order == 'topic_ordered') * shift.get(kind, 0) + noise.normal(0, 1e-3)
+                    for m in ('score_p', 'score_o')}}
+                for seed in range(6) for order in ('shuffled', 'topic_ordered') for kind in ('drope', 'kept')]
+        return verdict({'effects': effects(runs)})[0]
+    assert 'what differs is the kept arm' in said(kept=0.05)
+    assert 'is there under DroPE; O agrees' in said(drope=0.05)
+    both = said(drope=0.3, kept=0.3)
+    assert 'not shown to differ' in both and 'Under DroPE alone: +0.30' in both
+    assert 'not shown to differ' in said()
+
+def test_base_and_common_seeds():
+    assert [base(o) for o in ('shuffled', 'topic_c4', 'topic_ordered_pure', 'shuffled_pure')] == [
+        None, 'shuffled', 'shuffled_pure', 'shuffled']
+    runs = [{'condition': f'mha_{order}_drope', 'attention': 'mha', 'order': order, 'seed': seed, 'main': True,
+             'probe': [0, 0, 0], 'val_loss': v + seed ** 2 * v, 'within': 0, 'entropy': 0, 'score_p': v, 'score_o': v}
+            for seed in range(4) for order, v in (('shuffled', 0), ('topic_ordered', 1), ('pseudo', 2))
+            if (order, seed) != ('pseudo', 3)]
+    assert all(e['p_adjusted'] is not None for e in effects(runs))          # also where a seed is missing
 
 def test_orderedness():
     bins = lambda *counts: [{'topics': list(c)} for c in counts]

@@ -144,6 +144,20 @@ def test_resume_after_kill_is_bit_equal(dataset, tmp_path):
         assert [(r['loss'], r['val_loss']) for r in records] == [(r['loss'], r['val_loss']) for r in expected]
     assert not same(weights(f'{tmp_path}/whole_rope/seed0'), weights(f'{tmp_path}/whole_drope/seed0'))
 
+def test_bf16_weights_resume_too(dataset, tmp_path):
+    """In bf16 the model works with bf16 copies of its weights; the checkpoint has the fp32 ones, and resumes the same."""
+    for name in ('whole', 'killed'):
+        folder = f'{tmp_path}/{name}'
+        command = [os.path.join(HERE, 'train.py'), *TINY, f'--data_dir={dataset}', '--max_iters=40', '--dtype=bfloat16',
+                   '--eval_interval=10', f'--run={folder}']
+        if name == 'killed':
+            assert kill_at(15, folder + '/log.jsonl', *command)
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    assert same(weights(f'{tmp_path}/whole'), weights(f'{tmp_path}/killed'))
+    assert {w.dtype for w in weights(f'{tmp_path}/whole').values()} == {torch.float32}
+    assert not all(torch.equal(w, w.bfloat16().float()) for w in weights(f'{tmp_path}/whole').values() if w.ndim == 2)
+
 # -----------------------------------------------------------------------------
 # the step
 
@@ -272,7 +286,7 @@ def test_validation_by_topic(dataset, tmp_path):
     records = [r for r in map(json.loads, open(folder + '/log.jsonl')) if r.get('val_loss_topics')]
     counts = np.bincount(shards.read(dataset).val_topics[:, 1:].ravel())
     for r in records:
-        assert np.dot(counts, r['val_loss_topics']) / counts.sum() == pytest.approx(r['val_loss'], abs=1e-9)
+        assert np.dot(counts, r['val_loss_topics']) / counts.sum() == pytest.approx(r['val_loss'], abs=1e-5)
         assert min(r['since']) == 0 and r['step'] >= max(r['since'])
     assert max(max(r['since']) for r in records) > 4
     topics = np.array([[0, 0], [0, 1], [1, 1], [1, 1], [0, 0]])

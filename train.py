@@ -391,7 +391,7 @@ def evaluate(model, loss_of, tokens, topics, n_topics, micro, dtype):
     if world > 1:
         dist.all_reduce(total)
     losses, counts = total.tolist()
-    return sum(losses) / sum(counts), [x / n if n else None for x, n in zip(losses, counts)]
+    return sum(losses) / sum(counts), [round(x / n, 6) if n else None for x, n in zip(losses, counts)]
 
 def fit(model, c, rows, labels, data, folder, device, dtype, compile):
     """
@@ -425,6 +425,7 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
     if ckpt:
         muon.load_state_dict(ckpt['optimizer']['muon'])
         adamw.load_state_dict(ckpt['optimizer']['adamw'])
+        adamw.param_groups[0]['capturable'] = device.type == 'cuda'     # it may have been trained elsewhere
 
     # the corpus lives on the device and is indexed there
     train = torch.from_numpy(data.train.astype(np.int32)).to(device)                     # [N, block_size + 1]
