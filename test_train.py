@@ -145,7 +145,7 @@ def test_resume_after_kill_is_bit_equal(dataset, tmp_path):
     assert not same(weights(f'{tmp_path}/whole_rope/seed0'), weights(f'{tmp_path}/whole_drope/seed0'))
 
 def test_bf16_weights_resume_too(dataset, tmp_path):
-    """In bf16 the model works with bf16 copies of its weights; the checkpoint has the fp32 ones, and resumes the same."""
+    """With bf16 it works with bf16 copies of its weights; the checkpoint has the fp32 ones and resumes the same."""
     for name in ('whole', 'killed'):
         folder = f'{tmp_path}/{name}'
         command = [os.path.join(HERE, 'train.py'), *TINY, f'--data_dir={dataset}', '--max_iters=40', '--dtype=bfloat16',
