@@ -510,6 +510,8 @@ def fit(model, c, rows, labels, data, folder, device, dtype, compile):
         bar.close()
         if log:
             log.close()
+    if world > 1:
+        dist.barrier()                                      # leave together: a process that exits early may abort
     return val_loss if rank == 0 else None
 
 def save_checkpoint(path, ckpt):
