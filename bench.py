@@ -97,19 +97,19 @@ def matmul_rate(device, dtype):
 
 def kernels(step, path):
     """Write the GPU's (or the CPU's) kernels of a step, by time."""
+    on_gpu = torch.cuda.is_available()
     with torch.profiler.profile() as p:
         for _ in range(3):
             step()
-        if torch.cuda.is_available():
+        if on_gpu:
             torch.cuda.synchronize()
-    on_gpu = torch.cuda.is_available()
     rows = [((e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 3e3, e.count / 3, e.key)
             for e in p.key_averages()]
     rows = sorted((r for r in rows if r[0] > 0), reverse=True)
     shards.write_text(path, f'{sum(r[0] for r in rows):9.3f} ms in all, of a step\n' + ''.join(
         f'{ms:9.4f} ms {count:7.1f} x {name[:120]}\n' for ms, count, name in rows[:60]))
 
-def time_stages(cfg, name):
+def time_stages(cfg):
     """Seconds of each stage, with the config's data and bench_steps steps a run, in a folder that is deleted."""
     import analyze
     import data_synth
@@ -195,7 +195,7 @@ def main(cfg):
         'mfu': round(step_flops(c, n_parameters) / ms / 1e9 / rate, 4),
         'reference_ms': plain and round(median(plain), 3), 'ratio': plain and round(median(plain) / ms, 2),
         'startup_s': round(startup, 1), 'compile_s': round(compile_s, 1), 'peak_gib': round(peak / 2**30, 2),
-        'stages_s': time_stages(cfg, name) if cfg.stages else None}
+        'stages_s': time_stages(cfg) if cfg.stages else None}
     shards.write_json(f'{out}.json', result)
     rows = {'device': f'{result["device"]}, torch {result["versions"]["torch"]}, {dtype}',
             'model': f'{n_parameters / 1e6:.1f}M parameters, {c["batch_size"]} x {c["block_size"]} tokens a step',

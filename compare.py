@@ -74,6 +74,10 @@ def base(order):
         return None
     return 'shuffled_pure' if order.endswith('_pure') and order != 'shuffled_pure' else 'shuffled'
 
+def pseudo(order):
+    """The same schedule by a label without meaning; of other orders itself."""
+    return order.replace('topic_ordered', 'pseudo').replace('topic_', 'pseudo_')
+
 MEASURES = ('score_p', 'val_loss', 'within', 'score_o', 'entropy', 'probe')
 
 def effects(runs):
@@ -93,7 +97,7 @@ def effects(runs):
     for attention, orders in names.items():
         pairs = [(a, base(a)) for a in orders if base(a) in orders]
         for a in orders:
-            b = a.replace('topic_ordered', 'pseudo').replace('topic_', 'pseudo_')
+            b = pseudo(a)
             pairs += [(a, b)] if a != b in orders else []
         family = []
         for (a, b), where, m in itertools.product(pairs, ('drope - kept', 'drope', 'kept', 'rope', 'nope'), MEASURES):
@@ -143,7 +147,7 @@ def matched(runs, points=25):
             curves.setdefault((r['attention'], r['order'], r['seed']), []).append(r)
     arms = dict.fromkeys((attention, order) for attention, order, _ in curves)
     for (attention, a), measure in itertools.product(arms, ('score_p', 'probe')):
-        for b in dict.fromkeys((base(a), a.replace('topic_ordered', 'pseudo').replace('topic_', 'pseudo_'))):
+        for b in dict.fromkeys((base(a), pseudo(a))):
             pairs = [(curves[attention, a, seed], curves[attention, b, seed]) for at, order, seed in curves
                      if (at, order) == (attention, a) and (attention, b, seed) in curves]
             pairs = [(x, y) for x, y in pairs if min(len(x), len(y)) > 1]

@@ -43,7 +43,7 @@ seeds = (0,)                # one seed is one dataset and one initialisation, sh
 full_at = (-1.0,)           # recalibration lengths analysed in full, others without null, controls, ablation; -1 = all
 jobs = 1                    # arms trained at a time, in as many processes, spread over the GPUs
 dry_run = False             # print the plan and stop
-publish = False             # copy JSON, run by run, and figures to results/<experiment>/
+publish = False             # copy JSON, arm by arm, and figures to results/<experiment>/
 
 # -----------------------------------------------------------------------------
 # the plan
@@ -244,14 +244,17 @@ def table(summary):
         lines.append(f'| {name} | {" | ".join(cells)} | {len(rs)} |')
     return lines
 
+def interval(low, high, digits=4):
+    """A 95% interval as the tables write it."""
+    return 'n=1: no interval' if low is None else f'[{low:+.{digits}f}, {high:+.{digits}f}]'
+
 def effects_table(effects):
     """Paired differences as Markdown lines, the primary ones first."""
     lines = ['| Measure | Contrast | Difference | 95% interval | 80% power from | n | p (sign flip) | p (max-T) |',
              '|---' * 8 + '|']
     for e in sorted(effects, key=lambda e: not e['primary']):
-        interval = 'n=1: no interval' if e['low'] is None else f'[{e["low"]:+.4f}, {e["high"]:+.4f}]'
         lines.append(f'| {"**primary** " if e["primary"] else ""}{e["measure"]} | {e["contrast"]} | {e["mean"]:+.4f} '
-                     f'| {interval} | {analyze.show(e["smallest"], ".4f")} | {e["n"]} '
+                     f'| {interval(e["low"], e["high"])} | {analyze.show(e["smallest"], ".4f")} | {e["n"]} '
                      f'| {analyze.show(e["p"], ".3f")} | {analyze.show(e["p_adjusted"], ".3f")} |')
     return lines
 
@@ -260,9 +263,8 @@ def equal_loss_table(summary):
     lines = ['| Measure | Contrast | Mean over the shared range | 95% interval | n | p (sign flip) |', '|---' * 6 + '|']
     for m in summary['matched']:
         mean, low, high = m['average']
-        interval = 'n=1: no interval' if low is None else f'[{low:+.4f}, {high:+.4f}]'
-        lines.append(f'| {m["measure"]} | {m["attention"]} {" - ".join(m["arms"])}, drope | {mean:+.4f} | {interval} '
-                     f'| {m["seeds"]} | {analyze.show(m["p"], ".3f")} |')
+        lines.append(f'| {m["measure"]} | {m["attention"]} {" - ".join(m["arms"])}, drope | {mean:+.4f} '
+                     f'| {interval(low, high)} | {m["seeds"]} | {analyze.show(m["p"], ".3f")} |')
     return lines if summary['matched'] else []
 
 def recovery_effects_table(summary):
@@ -270,9 +272,8 @@ def recovery_effects_table(summary):
     lines = ['| Contrast, drope | Until within | log2 of the ratio of steps | 95% interval | n | p (sign flip) |',
              '|---' * 6 + '|']
     for e in summary['recovery_effects']:
-        interval = 'n=1: no interval' if e['low'] is None else f'[{e["low"]:+.3f}, {e["high"]:+.3f}]'
-        lines.append(f'| {e["contrast"]} | {e["loss"]} nats | {e["mean"]:+.3f} | {interval} | {e["n"]} '
-                     f'| {analyze.show(e["p"], ".3f")} |')
+        lines.append(f'| {e["contrast"]} | {e["loss"]} nats | {e["mean"]:+.3f} | {interval(e["low"], e["high"], 3)} '
+                     f'| {e["n"]} | {analyze.show(e["p"], ".3f")} |')
     return lines if summary['recovery_effects'] else []
 
 def order_table(summary):

@@ -1,5 +1,7 @@
 # How ordered must the data be, and what orders it: passes over the topics in an epoch x a shuffled end, and what a
 # window holds (one topic or several) x what a batch holds. The structured chain, three seeds.
+from config.structured import *
+
 out_dir = 'out/order'
 arms = ('mha_shuffled', 'mha_shuffled_pure', 'mha_topic_ordered_pure',
         'mha_topic_ordered', 'mha_topic_ordered_cd5', 'mha_topic_ordered_cd20',
@@ -9,11 +11,3 @@ arms = ('mha_shuffled', 'mha_shuffled_pure', 'mha_topic_ordered_pure',
 seeds = (0, 1, 2)
 recal_iters = 0.3
 eval_interval = 100         # a topic is away for 250 steps and more: see it being forgotten
-data_dir = 'data/structured'
-chain, beta, n_groups, repeats = 'group', 1.5, 32, False
-n_topics, vocab_size, block_size, min_segment_len = 5, 512, 256, 32
-train_rows, val_rows = 100_000, 1_000
-n_layer, n_embd, n_head, head_dim, mlp_hidden = 4, 256, 4, 64, 688
-max_iters = 5_000
-adam_lr = 3e-3
-grad_clip = 0.0
