@@ -149,8 +149,7 @@ def steps_made(folder):
 
 def take_arms(cfg, queue, threads):
     """One of several processes: takes arms from the queue until it is empty, and compiles once for all of them."""
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     for pair in iter(queue.get, None):
         run_arm(cfg, *pair)
 
@@ -158,7 +157,7 @@ def run_together(cfg, todo, runs):
     """The arms, cfg.jobs at a time, in as many processes: on the GPUs in turn, or sharing the cores."""
     gpus = torch.cuda.device_count() if cfg.device in ('', 'cuda') else 0
     jobs, context = min(cfg.jobs, len(todo)), multiprocessing.get_context('spawn')
-    threads = None if gpus else max(1, os.cpu_count() // jobs)
+    threads = max(1, os.cpu_count() // jobs)            # also beside GPUs: five analyses with all cores each crawl
     queue = context.Queue()
     for item in [*todo, *[None] * jobs]:
         queue.put(item)
