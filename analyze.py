@@ -133,6 +133,55 @@ def ablation(model, tokens, topics, score, entropy, draws, seed):
         result['random'].append({key: float(np.mean([s[key] for s in sets])) for key in sets[0]})
     return result
 
+@torch.no_grad()
+def reading(model, folder, tokens, topics, score, row, batches):
+    """
+    What the most topical heads read, where the dataset has a tokenizer; (None, None) where it has none.
+
+    Ranked by score [L, H]. words: one row of tokens, its topics and the attention that its last token pays to each, for
+    the most and the least topical head. attends: for the three most topical heads, over the rows of `batches`, the kinds
+    of token that get the most attention over their share under uniform attention, pairs as in P (16 apart and more, not
+    the first token), and the share of the query's topic in that attention (`same`) beside the uniform one.
+    """
+    path = os.path.join(folder, 'tokenizer.json')
+    if not os.path.exists(path):
+        return None, None
+    from tokenizers import Tokenizer
+    decode, H, T = Tokenizer.from_file(path).decode, score.shape[1], tokens.size(1)
+    V = len(model.model.embed_tokens.weight)
+    ranked = np.nan_to_num(score).ravel().argsort()[::-1]
+    best = [divmod(int(i), H) for i in ranked[:3]]
+    text = {'tokens': [decode([i]) for i in tokens[row].tolist()], 'topics': topics[row].tolist(), 'heads': []}
+    last = {layer: p[0, :, -1] for layer, (_, p) in enumerate(model.trace(tokens[row:row + 1]), -1) if p is not None}
+    for which, (layer, head) in (('most topical', best[0]), ('least topical', divmod(int(ranked[-1]), H))):
+        text['heads'].append({'which': which, 'layer': layer, 'head': head, 'score_p': float(score[layer, head]),
+                              'weights': last[layer][head].tolist()})
+    t = torch.arange(T, device=tokens.device)
+    pairs = (t[:, None] - t >= 16) & (t >= 1)                                              # [query, key]
+    uniform = (pairs / (t[:, None] + 1)).float()
+    mass, by_chance = torch.zeros(len(best), V, device=tokens.device), torch.zeros(V, device=tokens.device)
+    same, count = torch.zeros(len(best) + 1, device=tokens.device), torch.zeros(V, device=tokens.device)
+    for b in batches:
+        keys, alike = tokens[b].flatten(), topics[b][:, :, None] == topics[b][:, None]     # alike [B, T, T]
+        by_chance.index_add_(0, keys, uniform.sum(0).repeat(len(tokens[b])))
+        count.index_add_(0, keys, torch.ones_like(keys, dtype=torch.float))
+        same[-1] += (uniform * alike).sum()
+        for layer, (_, pattern) in enumerate(model.trace(tokens[b]), -1):
+            for i, (at, head) in enumerate(best):
+                if at == layer:
+                    far = pattern[:, head] * pairs                                         # [B, T, T]
+                    mass[i].index_add_(0, keys, far.sum(1).flatten())
+                    same[i] += (far * alike).sum()
+    attends = []
+    for i, (layer, head) in enumerate(best):
+        ratio = (mass[i] / mass[i].sum()) / (by_chance / by_chance.sum())
+        ratio[count < max(5, 1e-4 * count.sum())] = 0                                      # rare: chance
+        top = ratio.nan_to_num(0).argsort(descending=True)[:12].tolist()
+        attends.append({'layer': layer, 'head': head, 'score_p': float(score[layer, head]),
+                        'tokens': [[decode([j]), float(ratio[j])] for j in top if ratio[j] > 0],
+                        'same': (same[i] / mass[i].sum()).item(), 'same_uniform': (same[-1] / by_chance.sum()).item()})
+    return text, attends
+
 def show(x, form):
     """A number, or a dash where it is undefined."""
     return '—' if x is None else format(x, form)
@@ -213,7 +262,7 @@ def analyse(cfg):
     nulls = [measures.o_null(s, 1 if cfg.light else cfg.null_draws, seed=c['seed']) for s in layers]
     by_layer = [measures.head_measures(s, null=n) for s, n in zip(layers, nulls)]          # same draws for all heads
     heads = {name: np.stack([m[name] for m in by_layer]) for name in by_layer[0]}          # name -> [L, H]
-    maps, ablation_of = [], None
+    maps, ablation_of, words, attends = [], None, None, None
     if cfg.light:
         del heads['o_z'], heads['o_p']
     else:
@@ -227,6 +276,7 @@ def analyse(cfg):
         ranked = np.nan_to_num(p_half).ravel().argsort()
         maps = [pattern_map(patterns[i // H][i % H], z[row].cpu(), which, i // H, i % H, tidy(float(p_half.flat[i])))
                 for which, i in (('most topical', int(ranked[-1])), ('least topical', int(ranked[0])))]
+        words, attends = reading(model, data.folder, tokens, z, p_half, row, [b for b in batches if b.start >= half][:8])
         whole = (torch.from_numpy(x[:n_rows].astype(np.int64)).to(device) for x in (data.val, data.val_topics))
         ablation_of = ablation(model, *whole, p_half, entropy_half, cfg.ablation_draws, c['seed'])
 
@@ -247,6 +297,9 @@ def analyse(cfg):
              'distance': by_distance[0]['distance'], 'by_distance': [d['accuracy'] for d in by_distance],
              'count_by_distance': by_distance[0]['count']}
     posterior = data.val_posterior
+    if posterior is None and not cfg.light:                 # no Bayes filter: what the words so far tell by themselves
+        probe['bag'] = measures.bag_of_tokens(tokens.cpu().numpy(), z.cpu().numpy(), *(at.numpy() for at in probe_at),
+                                              c['vocab_size'])
     if posterior is not None:
         posterior = torch.from_numpy(np.asarray(posterior[:n_rows, :-1], np.float32)).to(device).flatten(0, 1)
         guess = posterior[test_at].cpu().numpy()
@@ -266,7 +319,7 @@ def analyse(cfg):
         probe |= {'running_mean': running, 'shuffled': shuffled.double().mean().item(),
                   'init': [k.mean() for k in guesses(activations(fresh, 'random init'), y, 'probes of random init')],
                   'control': [k.mean() for k in guesses(states, control, 'control task')],
-                  'baseline': max(probe['majority'], probe['token'], *running.values()),
+                  'baseline': max(probe['majority'], probe['token'], probe.get('bag', 0), *running.values()),
                   'normalised': None, 'posterior_r2': None}
         probe['selectivity'] = [a - b for a, b in zip(probe['accuracy'], probe['control'])]
         if posterior is not None:
@@ -292,6 +345,7 @@ def analyse(cfg):
                                             for k, v in heads.items()}),
         'uniform': tidy(measures.uniform_measures(z)), 'probe': tidy(probe),
         'ablation': tidy(ablation_of), 'circuits': tidy(spectra, 4), 'maps': maps,
+        'words': tidy(words, 3), 'attends': tidy(attends, 4),
         'settings': {k: getattr(cfg, k) for k in SETTINGS}, 'seconds': round(time.time() - clock, 2)}
     shards.write_json(os.path.join(cfg.run, 'analysis.json'), result)
     middle = L // 2

@@ -16,7 +16,7 @@ import types
 import typing
 
 _here = os.path.dirname(os.path.abspath(__file__))
-SCRIPTS = ('data_synth.py', 'train.py', 'drope.py', 'analyze.py', 'plot.py', 'run_experiment.py')
+SCRIPTS = ('prepare_wiki.py', 'data_synth.py', 'train.py', 'drope.py', 'analyze.py', 'plot.py', 'run_experiment.py')
 
 # -----------------------------------------------------------------------------
 # the config block of a script

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize, nnls
+from scipy.sparse import csr_matrix
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
 EPS = 0.01                                  # uniform attention's share in P and O: a head without far mass scores 0
@@ -405,6 +408,26 @@ def token_identity(x_train, y_train, x_test, y_test, vocab):
     tied = (counts == counts.max(1, keepdims=True)).sum(1) > 1                     # an unseen token ties all topics
     guess = np.where(tied, counts.sum(0).argmax(), counts.argmax(1))
     return float((guess[x_test] == y_test).mean())
+
+def bag_of_tokens(x, z, train, test, vocab, C=10.0):
+    """Accuracy of naming a token's topic from the tokens so far in its row, this one included, as a bag, a float.
+
+    Logistic regression (scikit-learn) on log(1 + count), rows of unit length: what the words tell without a model of
+    language. tokens x < vocab and topics z [n_rows,T]; train, test: indices into n_rows x T, of different rows.
+    """
+    T, parts = x.shape[1], []
+    for at in (train, test):
+        rows, ends = np.divmod(at, T)
+        indptr = np.concatenate([[0], np.cumsum(ends + 1)])
+        where = np.repeat(rows * T - indptr[:-1], ends + 1) + np.arange(indptr[-1])        # each token's whole past
+        bag = csr_matrix((np.ones(indptr[-1], np.float32), x.ravel()[where], indptr), (len(at), vocab))
+        bag.sum_duplicates()
+        bag.data = np.log1p(bag.data)
+        parts.append(normalize(bag))
+    y_train, y_test = z.ravel()[train], z.ravel()[test]
+    if len(np.unique(y_train)) == 1:
+        return majority(y_train, y_test)
+    return float(LogisticRegression(C=C, tol=1e-3, max_iter=300).fit(parts[0], y_train).score(parts[1], y_test))
 
 def posterior_accuracy(posterior, y):
     """Accuracy of the Bayes filter's best guess, a probe's ceiling: posterior [..., K], topics y [...]."""

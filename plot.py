@@ -45,7 +45,11 @@ CAPTIONS = {
     'maps': ('The most and the least topical head', 'One validation row, first seed. Strips: topics of queries '
              '(left) and keys (below). L2H1: layer 2, head 1, from 0; P on the rows that chose it.'),
     'probe': ('Topic in the residual stream', 'Linear probe. Token: the token alone; running mean: of embeddings; '
-              'untrained: at init; Bayes filter: ceiling.'),
+              'untrained: at init; Bayes filter: ceiling; bag: of the tokens so far.'),
+    'words': ('What two heads read', 'Attention of the last token of a validation row (first seed, RoPE) to every token '
+              'before it; darker: more. Bars under the words: topics.'),
+    'clusters': ('The topics', 'Embeddings of a sample of articles in two dimensions (t-SNE, which keeps neighbours, not '
+                 'distances); a colour is a topic of K-means.'),
     'distance': ('How soon the topic is known', 'Linear probe after the last layer. The Bayes filter, best overall, '
                  'still expects the old topic right after a boundary.'),
     'spectra': ('Singular values over the largest', 'Mean over heads. Solid: RoPE, dotted: DroPE.'),
@@ -168,7 +172,7 @@ def canvas(cfg, exp, name, rows, cols, height, **kw):
         **{f'{x}tick.{k}': v for x in 'xy' for k, v in {'color': '#999999', 'labelcolor': '#333333'}.items()}})
     title, sub = CAPTIONS[name]
     seeds = ('' if name in ('matched', 'free') or exp['seeds'][:2] != 'n=' else 'Mean of ') + exp['seeds']
-    sub = textwrap.wrap(sub + (name not in ('order', 'maps')) * f' {seeds}', int(15.2 * cfg.fig_width))
+    sub = textwrap.wrap(sub + (name not in ('order', 'maps', 'words', 'clusters')) * f' {seeds}', int(15.2 * cfg.fig_width))
     top = .40 + .16 * len(sub)
     tall = rows * height + top
     fig = plt.figure(figsize=(cfg.fig_width, tall), layout='constrained')
@@ -345,12 +349,47 @@ def plot_maps(cfg, exp, runs):
     fig.colorbar(image, ax=axes, label=f'attention (colour scale: power {cfg.map_gamma:g})', extend='max', **BAR)
     return save(fig, cfg, exp, 'maps')
 
+def plot_words(cfg, exp, runs):
+    words = runs[0]['ana']['words']
+    size, wide = 5.6, int((cfg.fig_width - .3) * 72 / (.602 * 5.6))             # monospace: .602 em a letter
+    text = [''.join('¶' if c == '\n' else c if ord(c) < 0x500 else '·' for c in t) or '·' for t in words['tokens']]
+    at, row, col = [], 0, 0
+    for t in text:
+        if col + len(t) > wide:
+            row, col = row + 1, 0
+        at.append((row, col))
+        col += len(t)
+    fig, axes = canvas(cfg, exp, 'words', len(words['heads']), 1, .155 * (row + 1) + .35)
+    for ax, h in zip(axes.flat, words['heads']):
+        top = np.sort(h['weights'][1:])[-8]                                     # a few may be darker than the scale
+        for (r, c), t, w, z in zip(at, text, h['weights'], words['topics']):
+            ax.add_patch(plt.Rectangle((c, r - .45), len(t), .78, lw=0, color='#D55E00', alpha=min(1, w / top) ** .7 * .85))
+            ax.add_patch(plt.Rectangle((c, r + .33), len(t), .13, lw=0, color=TOPICS[z % len(TOPICS)]))
+            ax.text(c, r, t, family='monospace', size=size, va='center', color='#222222')
+        p = 'undefined' if h['score_p'] is None else f'{h["score_p"]:.3f}'
+        ax.set(xlim=(0, wide), ylim=(row + .6, -.6), title=f'{h["which"]}: L{h["layer"]}H{h["head"]}, P = {p}')
+        ax.axis('off')
+    return save(fig, cfg, exp, 'words')
+
+def plot_clusters(cfg, exp, clusters):
+    x, y, z = np.array(clusters['picture']).T
+    fig, axes = canvas(cfg, exp, 'clusters', 1, 1, 5.2)
+    ax, total = axes[0, 0], sum(clusters['sizes'])
+    for k, words in enumerate(clusters['words']):
+        mine = z == k
+        ax.scatter(x[mine], y[mine], s=7, lw=0, color=TOPICS[k % len(TOPICS)])
+        ax.scatter([], [], s=30, color=TOPICS[k % len(TOPICS)], label=f'{clusters["sizes"][k] / total:.0%} '
+                   + ', '.join(words[:4]))
+    ax.axis('off')
+    fig.legend(loc='outside lower center', frameon=False, handletextpad=.2, ncols=2)
+    return save(fig, cfg, exp, 'clusters')
+
 def plot_probe(cfg, exp, runs, name='probe'):
     attns, stages, first = present(runs, 'attn'), present(runs, 'stage'), runs[0]['ana']['probe']
     L = len(first['accuracy']) - 1
     ticks, get = range(L + 1), lambda p: p['accuracy']
     refs = {'majority': 'majority', 'token': 'token', 'untrained': 'init', 'running mean': 'running_mean',
-            'Bayes filter': 'ceiling'}
+            'bag of tokens': 'bag', 'Bayes filter': 'ceiling'}
     if name == 'distance':
         ticks, get, refs = first['distance'], lambda p: p['by_distance'][L], {'Bayes filter': 'ceiling_by_distance'}
     fig, axes = canvas(cfg, exp, name, len(attns), len(stages),
@@ -661,7 +700,8 @@ def main(cfg):
     figures = {plot_loss: [r for r in exp['runs'] if len(curve([r], 'val_loss')[0])],
                plot_order: [r for r in exp['runs'] if r['stage'] == 'rope' and has_topics(r)],
                plot_scores_p: ana('heads', 'score_p'), plot_scores_o: ana('heads', 'o_z'),
-               plot_maps: unkept('maps'), plot_probe: ana('probe'), plot_distance: ana('probe', 'by_distance'),
+               plot_maps: unkept('maps'), plot_words: [r for r in ana('words') if r['stage'] == 'rope'],
+               plot_clusters: read(f'{exp["folder"]}/clusters.json'), plot_probe: ana('probe'), plot_distance: ana('probe', 'by_distance'),
                plot_spectra: unkept('circuits'), plot_effects: exp['effects'], plot_matched: exp['matched'],
                plot_factors: factor_rows(exp), plot_ablation: unkept('ablation'),
                plot_forgetting: exp['forgetting'], plot_recovery: recovered,

@@ -29,6 +29,7 @@ import analyze
 import data_synth
 import drope
 import plot
+import prepare_wiki
 import shards
 import train
 from compare import effects, forgetting, matched, orderedness, recovery, recovery_effects, t_interval, verdict
@@ -42,6 +43,7 @@ arms = ('mha_shuffled', 'mha_topic_ordered')    # ARM_NAMES says what can be put
 seeds = (0,)                # one seed is one dataset and one initialisation, shared by all arms
 full_at = (-1.0,)           # recalibration lengths analysed in full, others without null, controls, ablation; -1 = all
 jobs = 1                    # arms trained at a time, in as many processes, spread over the GPUs
+data_script = 'data_synth.py'   # what makes the data; or prepare_wiki.py, one dataset for all seeds
 dry_run = False             # print the plan and stop
 publish = False             # copy JSON, arm by arm, and figures to results/<experiment>/
 
@@ -67,9 +69,16 @@ def stage(cfg, script, **changes):
     return SimpleNamespace(**{k: getattr(cfg, k) for k in block(script)} | changes)
 
 def data_stage(cfg, arm, seed):
-    """The dataset of an arm; _pure: training rows of one segment each, with the same chains and validation rows."""
+    """The dataset of an arm; _pure: training rows of one segment each, with the same chains and validation rows. There
+    is one micro-language a seed, but one Wikipedia: there a seed is initialisation and order."""
     pure = {'data_dir': cfg.data_dir + '_pure', 'min_segments': 1, 'max_segments': 1} if '_pure' in arm else {}
-    return stage(cfg, 'data_synth.py', seed=seed, **pure)
+    return stage(cfg, cfg.data_script, seed=seed if cfg.data_script == 'data_synth.py' else 0, **pure)
+
+def make_data(cfg, pairs):
+    """Every dataset that these arms and seeds read, unless it is there."""
+    main = data_synth.main if cfg.data_script == 'data_synth.py' else prepare_wiki.main
+    for at in {(at.data_dir, at.seed): at for at in (data_stage(cfg, *pair) for pair in pairs)}.values():
+        main(at)
 
 def train_stage(cfg, arm, seed):
     return stage(cfg, 'train.py', seed=seed, data_dir=data_stage(cfg, arm, seed).data_dir,
@@ -77,7 +86,8 @@ def train_stage(cfg, arm, seed):
 
 def arm_runs(cfg, arm, seed):
     """The runs of an arm and seed, in the order they are made: [(folder, config, recalibration length or None)]."""
-    data = data_synth.parameters(data_stage(cfg, arm, seed))
+    at = data_stage(cfg, arm, seed)
+    data = data_synth.parameters(at) if cfg.data_script == 'data_synth.py' else shards.read_meta(at.data_dir)
     c = train.resolve(train_stage(cfg, arm, seed), data)
     folder = os.path.join(cfg.out_dir, c['condition'], f'seed{seed}')
     runs = [(folder, c, None)]
@@ -301,7 +311,20 @@ def recovery_table(summary):
         lines.append(f'| {name} | {" | ".join(number(list(s), "{:,.0f}") for s in zip(*steps))} | {len(steps)} |')
     return lines
 
-def write_report(cfg, summary, figures):
+def attends_table(cfg, runs):
+    """What the most topical heads of the first seed read, where the data are words, as Markdown lines."""
+    lines = ['| Run | Head | P | Query\'s topic among what it reads (uniform) | Tokens it reads most, times uniform attention |',
+             '|---' * 5 + '|']
+    for folder, c, length in runs:
+        a = json.load(open(os.path.join(folder, 'analysis.json')))
+        if c['seed'] == cfg.seeds[0] and length in (None, cfg.recal_iters[0]):
+            for h in a.get('attends') or ():
+                tokens = ', '.join(f'`{t.strip() or repr(t)[1:-1]}` {r:.1f}' for t, r in h['tokens'])
+                lines.append(f'| {a["condition"]} | L{h["layer"]}H{h["head"]} | {h["score_p"]:+.3f} | {h["same"]:.1%} '
+                             f'({h["same_uniform"]:.1%}) | {tokens.replace("|", chr(92) + "|")} |')
+    return lines if lines[2:] else []
+
+def write_report(cfg, summary, runs, figures):
     """summary.md: the table, what it is measured against, the paired differences, the figures."""
     ref, first = summary['references'], summary['runs'][0]
     n = len({r['seed'] for r in summary['runs']})
@@ -332,7 +355,9 @@ def write_report(cfg, summary, figures):
         *section('Recovery, compared', '-1: in half the steps of the other arm. Exploratory: the p-values stand alone.',
                  recovery_effects_table(summary)),
         *section('Realised order', 'How much the step tells of a row\'s topic: 0 nothing (shuffled rows: what chance '
-                 'leaves), 1 everything.', order_table(summary)), '## Figures', '',
+                 'leaves), 1 everything.', order_table(summary)),
+        *section('What the most topical heads read', 'Keys 16 tokens away and more, rows that did not choose the heads; '
+                 'first seed, main recalibration.', attends_table(cfg, runs)), '## Figures', '',
         *(f'![{os.path.basename(f)}]({os.path.relpath(f, cfg.out_dir)})\n' for f in figures)]
     shards.write_text(os.path.join(cfg.out_dir, 'summary.md'), '\n'.join(lines) + '\n')
 
@@ -350,7 +375,10 @@ def publish_file(cfg, source, copy):
             a['maps'] = []
             if a['circuits']:
                 a['circuits'] = {k: v for k, v in a['circuits'].items() if k not in ('qk', 'ov')}
+        a['words'] = None                                   # running text, which is not ours to publish
         shards.write_text(copy, json.dumps(a, allow_nan=False) + '\n')
+    elif source.endswith('summary.md'):
+        shards.write_text(copy, open(source).read().replace('![words.png](figures/words.png)\n', ''))
     else:
         shutil.copy(source, copy + '.tmp')
         os.replace(copy + '.tmp', copy)
@@ -370,7 +398,7 @@ def publish_results(cfg):
         shutil.rmtree(folder, ignore_errors=True)
     for folder, _, names in os.walk(cfg.out_dir):
         for name in names:
-            if name.endswith(('.json', '.jsonl', '.md', '.png')):
+            if name.endswith(('.json', '.jsonl', '.md', '.png')) and name != 'words.png':
                 publish_file(cfg, os.path.join(folder, name),
                              os.path.join(temporary, os.path.relpath(folder, cfg.out_dir), name))
     if os.path.exists(target):
@@ -391,12 +419,16 @@ def main(cfg):
         if key in cfg.overrides:
             raise SystemExit(f'run_experiment.py: {key} = {cfg.overrides[key]!r} is not for an experiment, which takes '
                              f'arms and seeds (now {cfg.arms} and {cfg.seeds})')
+    if cfg.data_script not in ('data_synth.py', 'prepare_wiki.py'):
+        raise SystemExit(f'run_experiment.py: data_script = {cfg.data_script!r}: data_synth.py or prepare_wiki.py')
     if cfg.jobs < 1 or min(cfg.seeds) < 0:
         raise SystemExit(f'run_experiment.py: jobs = {cfg.jobs} must be at least 1, seeds = {cfg.seeds} not negative')
     train.check(cfg)
     drope.check(cfg)
     analyze.check(cfg)
     plan = list(dict.fromkeys(itertools.product(cfg.arms, cfg.seeds)))
+    if cfg.data_script == 'prepare_wiki.py' and not cfg.dry_run:
+        make_data(cfg, plan)                                # its bytes are part of what a run is
     runs = {pair: arm_runs(cfg, *pair) for pair in plan}
     everything = [run for pair in plan for run in runs[pair]]
     todo = [pair for pair in plan if not all(done_in(cfg, *run) for run in runs[pair])]
@@ -409,9 +441,10 @@ def main(cfg):
             print(f'  {"done " if place else "to do"}  {c["max_iters"]:>7,} steps  {place or folder}')
         row = cfg.block_size + 1                            # 2 bytes a token, 1 a label, 2 a topic of the posterior
         n_data = len({('_pure' in arm, seed) for arm, seed in plan})
-        data = n_data * row * ((cfg.train_rows + cfg.val_rows) * 3 + cfg.val_rows * cfg.n_topics * 2)
+        data = n_data * row * ((cfg.train_rows + cfg.val_rows) * 3 + cfg.val_rows * cfg.n_topics * 2) / 2**30
         checkpoints = sum(disk_gib(c) for _, c, _ in everything)
-        print(f'disk: {checkpoints:.2f} GiB of checkpoints, {data / 2**30:.2f} GiB of data')
+        print(f'disk: {checkpoints:.2f} GiB of checkpoints'
+              + f', {data:.2f} GiB of data' * (cfg.data_script == 'data_synth.py'))
         return
 
     # ---- what was published is read like the rest; what is published must not be lost
@@ -429,8 +462,8 @@ def main(cfg):
                              'add its arm and seed, or delete it')
 
     # ---- data, then every arm
-    for at in {(at.data_dir, at.seed): at for at in (data_stage(cfg, *pair) for pair in todo)}.values():
-        data_synth.main(at)
+    if cfg.data_script == 'data_synth.py':
+        make_data(cfg, todo)
     if cfg.jobs > 1 and len(todo) > 1:
         run_together(cfg, todo, runs)
     else:
@@ -442,9 +475,12 @@ def main(cfg):
             print(f'[{clock_text(spent)}] {arm} seed {seed} is done; about '
                   f'{clock_text(spent * (total / finished - 1))} left for the rest', flush=True)
     # ---- the report
+    for name in ('clusters.json', 'topics.md'):             # what the topics are, where they are clusters
+        if os.path.exists(os.path.join(cfg.data_dir, name)):
+            shutil.copy(os.path.join(cfg.data_dir, name), cfg.out_dir)
     summary = summarise(cfg, everything)
     figures = plot.main(stage(cfg, 'plot.py', paths=[cfg.out_dir]))
-    write_report(cfg, summary, figures)
+    write_report(cfg, summary, everything, figures)
     differences = [e for e in summary['effects'] if 'drope - kept' in e['contrast']]
     if len(differences) > 20:                               # on the screen; the report has them all
         differences = [e for e in differences if e['measure'] in ('score_p', 'probe', 'val_loss')]

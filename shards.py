@@ -37,12 +37,13 @@ def running(pid):
     return True
 
 
-def write(folder, arrays, meta):
+def write(folder, arrays, meta, extra=None):
     """
     Write a dataset folder, all or nothing: a temporary sibling is filled, read back, then renamed.
     arrays: {'train', 'train_topics', 'val', 'val_topics': integers [rows, block_size + 1]} and, optional,
     'val_posterior': [rows, block_size + 1, n_topics]; memory maps will do. meta: at least vocab_size, block_size and
-    n_topics; the rows, and sha256 and size in bytes of each file, are added. Stops with one line if the folder exists,
+    n_topics; the rows, and sha256 and size in bytes of each file, are added. extra: other files that belong to the
+    dataset, {name: the folder it is copied from}. Stops with one line if the folder exists,
     cannot be written, or would not be readable.
     """
     folder = os.path.abspath(folder)
@@ -73,6 +74,8 @@ def write(folder, arrays, meta):
         rows = {name: len(arrays[name]) for name in ('train', 'val') if name in arrays}
         with open(os.path.join(temporary, 'meta.json'), 'w') as f:
             json.dump({**meta, 'rows': rows, 'files': files}, f, indent=1, allow_nan=False)
+        for name, where in (extra or {}).items():
+            shutil.copy(os.path.join(where, name), temporary)
         read(temporary)  # what the reader would refuse never gets the final name
         os.rename(temporary, folder)
     except OSError as error:
@@ -88,7 +91,7 @@ def read_meta(folder):
         with open(path) as f:
             meta = json.load(f)
     except (FileNotFoundError, NotADirectoryError):
-        raise SystemExit(f'{folder}: no dataset here; make it with: python data_synth.py config/X.py') from None
+        raise SystemExit(f'{folder}: no dataset here; make it with: python data_synth.py (or prepare_wiki.py) config/X.py') from None
     except (OSError, ValueError) as error:
         raise SystemExit(f'{path}: cannot be read as JSON ({error}); delete the folder and make it again') from None
     for key in ('vocab_size', 'block_size', 'n_topics'):
@@ -99,7 +102,7 @@ def read_meta(folder):
 
 def read(folder):
     """
-    SimpleNamespace(meta, train, train_topics, val, val_topics, val_posterior) of a dataset folder: memory maps
+    SimpleNamespace(meta, folder, train, train_topics, val, val_topics, val_posterior) of a dataset folder: memory maps
     [rows, block_size + 1], val_posterior [rows, block_size + 1, n_topics] or None where there is none. Sizes and
     bounds are checked at every start, sha256 is not: that takes too long. Stops with one line that names the file
     which is missing, truncated or out of bounds.
@@ -124,7 +127,7 @@ def read(folder):
         if dtype in limits and (largest := int(data[name].max())) >= limits[dtype]:
             key = 'vocab_size' if dtype == np.uint16 else 'n_topics'
             raise SystemExit(f'{path}: holds {largest}, but meta.json has {key} = {limits[dtype]}; make them agree')
-    return SimpleNamespace(meta=meta, **data)
+    return SimpleNamespace(meta=meta, folder=folder, **data)
 
 
 def is_there(folder, parameters):
@@ -154,7 +157,7 @@ def is_there(folder, parameters):
 
 def parameters(meta):
     """What tells a dataset from others: what it was built with, or, where that is not known, its checksums."""
-    known = {k: v for k, v in meta.items() if k not in ('rows', 'files', 'references', 'reference_rows')}
+    known = {k: v for k, v in meta.items() if k not in ('rows', 'files', 'references', 'reference_rows', 'corpus')}
     if meta.get('kind') != 'synthetic':
         known['sha256'] = [f['sha256'][:16] for f in meta.get('files', {}).values()]
     return known

@@ -553,9 +553,9 @@ def main(cfg):
     device, dtype, compile = machine(cfg.device, cfg.dtype, cfg.compile)
     data = shards.read(data_folder(cfg.data_dir, cfg.seed))
     for key, value in getattr(cfg, 'overrides', {}).items():
-        if key not in block(__file__) and data.meta.get(key, value) != value:
+        if key not in (*block(__file__), 'source', 'embedder') and data.meta.get(key, value) != value:
             raise SystemExit(f'{cfg.data_dir}: was built with {key} = {data.meta[key]!r}, the config says {value!r}; '
-                             'make it again with data_synth.py, or choose another data_dir')
+                             'make it again, or choose another data_dir')
     c = resolve(cfg, data.meta)
     folder = cfg.run or os.path.join(cfg.out_dir, c['condition'], f'seed{c["seed"]}')
     with memory_errors(RAISE_GRAD_ACCUM.format(**c)):

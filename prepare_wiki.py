@@ -1,0 +1,569 @@
+"""
+Wikipedia -> topics by meaning -> byte-level BPE -> rows of several topics, in the format of shards.py.
+
+    python prepare_wiki.py config/wiki.py                                        # streams wikimedia/wikipedia
+    python prepare_wiki.py --source=articles.parquet --embedder=lsa --data_dir=data/mine
+
+Six phases: articles (cleaned, without stubs and duplicates), embeddings, clusters, tokenizer, tokens, rows. Each keeps
+its work in work_dir under a name made of its parameters: what is done is skipped, what was stopped goes on, and
+another n_topics reuses the embeddings. Topics are labels given to all articles; the tokenizer and the training rows
+come from the training articles alone. 64,000 articles on two CPU cores: see LOG.md.
+"""
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import unicodedata
+
+import numpy as np
+from tqdm import tqdm
+
+import shards
+from configurator import configure
+
+# -----------------------------------------------------------------------------
+# config
+
+source = 'wikimedia/wikipedia'      # hub dataset, streamed; or parquet or jsonl: a file, a folder or a glob
+subset = '20231101.en'              # of a hub dataset
+max_articles = 500_000              # articles kept, at most
+min_chars = 500                     # shorter articles are stubs
+embedder = 'all-MiniLM-L6-v2'       # sentence-transformers model or local folder; lsa = TF-IDF and SVD, offline
+embed_tokens = 128                  # of an article that the embedder reads, from its beginning
+n_topics = 8                        # clusters
+vocab_size = 16_384                 # tokens of the byte-level BPE
+block_size = 512                    # predicted tokens in a row; a row on disk has one more
+val_share = 0.02                    # of the articles: validation
+min_segments = 2                    # segments in a training row, uniform from this ...
+max_segments = 4                    # ... to this; 1 and 1 = pure windows
+min_segment_len = 64                # tokens in every segment, at least
+seed = 0                            # of split, clusters and rows
+device = ''                         # of the embedder; '' = every GPU, or the CPU
+data_dir = 'data/wiki'              # the dataset goes there (--out_dir= says the same)
+work_dir = 'data/wiki_work'         # what the phases leave for each other; may be deleted
+
+# -----------------------------------------------------------------------------
+
+VAL_SEGMENTS = (2, 4)       # not a knob: validation rows are cut alike in every dataset
+CHUNK = 2_000               # articles in a file of the work folder: what a stopped phase loses
+LSA_CHARS, LSA_DIM = 4_000, 128
+TAIL = re.compile(r'^\W*(see also|references|external links|further reading|notes|bibliography)\W*$', re.I | re.M)
+
+def parameters(cfg):
+    """What a dataset is built from, as meta.json keeps it: another value is another dataset. Folders by their name."""
+    keys = ('source', 'subset', 'max_articles', 'min_chars', 'embedder', 'embed_tokens', 'n_topics', 'vocab_size',
+            'block_size', 'val_share', 'min_segments', 'max_segments', 'min_segment_len', 'seed')
+    short = {key: os.path.basename(os.path.normpath(getattr(cfg, key))) for key in ('source', 'embedder')
+             if os.path.sep in getattr(cfg, key) and not hub(cfg)}
+    return {'kind': 'wiki', **{key: getattr(cfg, key) for key in keys}, **short}
+
+def check(cfg):
+    """Stops with one line at the first setting that cannot work."""
+    row, most = cfg.block_size + 1, max(cfg.max_segments, VAL_SEGMENTS[1])
+    counts = ('max_articles', 'embed_tokens', 'block_size', 'min_segments', 'min_segment_len')
+    for wrong, line in (
+        *((getattr(cfg, key) < 1, f'{key}={getattr(cfg, key)}: must be at least 1') for key in counts),
+        (cfg.seed < 0 or cfg.min_chars < 0, 'seed and min_chars must not be negative'),
+        (not 2 <= cfg.n_topics <= 255, f'n_topics={cfg.n_topics}: choose 2 to 255, labels are uint8'),
+        (not 257 <= cfg.vocab_size <= 65535, f'vocab_size={cfg.vocab_size}: choose 257 (the bytes and a merge) to 65535'),
+        (not 0 < cfg.val_share < 1, f'val_share={cfg.val_share}: choose between 0 and 1'),
+        (cfg.min_segments > cfg.max_segments, f'min_segments={cfg.min_segments} is more than {cfg.max_segments}'),
+        (most * cfg.min_segment_len > row, f'{most} segments of min_segment_len={cfg.min_segment_len} do not fit in '
+         f'{row} tokens; lower min_segment_len'),
+    ):
+        if wrong:
+            raise SystemExit(f'prepare_wiki.py: {line}')
+
+# -----------------------------------------------------------------------------
+# the work folder
+
+def place(cfg, name, params):
+    """The folder of a phase, named by the phase and its parameters, and what it said when it was done, or None."""
+    digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:10]
+    folder = os.path.join(cfg.work_dir, f'{name}-{digest}')
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, 'done.json')
+    done = json.load(open(path)) if os.path.exists(path) else None
+    if done:
+        print(f'{name:10}done before, in {folder}')
+    return folder, done
+
+def finish(name, folder, clock, count, unit, **facts):
+    """The last file of a phase, which says that it is done, and its throughput on the screen; returns the facts."""
+    seconds = time.time() - clock
+    shards.write_json(os.path.join(folder, 'done.json'), facts | {'seconds': round(seconds, 1)})
+    print(f'{name:10}{count:,} {unit} in {seconds:,.0f} s, {count / max(seconds, 1e-3):,.0f} a second')
+    return facts
+
+def save(path, write):
+    """A file, all or nothing: write(path of a temporary) and rename."""
+    temporary = f'{path}.tmp{os.path.splitext(path)[1]}'
+    write(temporary)
+    os.replace(temporary, path)
+
+def chunks(folder, suffix):
+    """The numbered files of a phase, in order."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), f'[0-9]*[0-9]{suffix}')))
+
+def articles(folder):
+    """{'id', 'title', 'text', ...} of every article kept, one after the other."""
+    for path in chunks(folder, '.jsonl'):
+        with open(path, encoding='utf-8') as f:
+            next(f)                                         # how far the source was read
+            yield from map(json.loads, f)
+
+# -----------------------------------------------------------------------------
+# articles
+
+def hub(cfg):
+    """Whether the source is a dataset of the hub: owner/name, and nothing of that name here."""
+    return bool(re.fullmatch(r'[\w.-]+/[\w.-]+', cfg.source)) and not os.path.exists(cfg.source) \
+        and not cfg.source.endswith(('.parquet', '.jsonl'))
+
+def files_of(cfg):
+    """The files of a local source, sorted."""
+    at = os.path.join(cfg.source, '**', '*') if os.path.isdir(cfg.source) else cfg.source
+    files = sorted(f for f in glob.glob(at, recursive=True) if f.endswith(('.parquet', '.jsonl')))
+    if not files:
+        raise SystemExit(f'{cfg.source}: no .parquet or .jsonl file there; --source= is a file, a folder, a glob or a '
+                         'hub dataset such as wikimedia/wikipedia')
+    return files
+
+def records(cfg, skip):
+    """The rows of the source from number `skip` on: dicts with id, title and text."""
+    if hub(cfg):
+        try:
+            import datasets                                 # only here: nothing else needs it
+            stream = datasets.load_dataset(cfg.source, cfg.subset, split='train', streaming=True)
+            yield from stream.skip(skip)
+        except Exception as e:
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+            raise SystemExit(f'{cfg.source} ({cfg.subset}): cannot be read from the hub ({reason}); check the name and '
+                             'the network, or give local files with --source=; the same command goes on') from None
+        return
+    def rows(path):
+        if path.endswith('.parquet'):
+            import pyarrow.parquet
+            with pyarrow.parquet.ParquetFile(path) as file:
+                missing = {'id', 'title', 'text'} - set(file.schema_arrow.names)
+                if missing:
+                    raise SystemExit(f'{path}: no column {", ".join(sorted(missing))} (it has '
+                                     f'{", ".join(file.schema_arrow.names)}); id, title and text are needed')
+                for batch in file.iter_batches(500, columns=['id', 'title', 'text']):
+                    yield from batch.to_pylist()
+        else:
+            with open(path, encoding='utf-8') as f:
+                for number, line in enumerate(f, 1):
+                    try:
+                        record = json.loads(line)
+                    except ValueError:
+                        raise SystemExit(f'{path}, line {number}: is not JSON; one article a line is needed') from None
+                    missing = {'id', 'title', 'text'} - set(record if isinstance(record, dict) else ())
+                    if missing:
+                        raise SystemExit(f'{path}, line {number}: no {", ".join(sorted(missing))}')
+                    yield record
+    def all_rows():
+        for path in files_of(cfg):
+            try:
+                yield from rows(path)
+            except UnicodeDecodeError:
+                raise SystemExit(f'{path}: is not UTF-8 text; convert it') from None
+            except (OSError, ValueError) as e:              # pyarrow's errors are ValueErrors
+                raise SystemExit(f'{path}: cannot be read ({str(e).splitlines()[0][:200]})') from None
+    yield from itertools.islice(all_rows(), skip, None)
+
+def clean(text):
+    """The text without leftover markup, formula names, the sections after the article and runs of blanks."""
+    text = unicodedata.normalize('NFC', text or '')
+    text = re.sub(r'<[^<>\n]{1,80}>|\bformula_\d+\b|\{\{[^{}]*\}\}|\[\[|\]\]', '', text)
+    tail = TAIL.search(text, len(text) // 4)                # a heading that stands alone, not an early mention
+    text = text[:tail.start()] if tail else text
+    return re.sub(r'\n\s*\n+', '\n\n', re.sub(r'[^\S\n]+', ' ', text)).strip()
+
+def hashes(text, opening=200):
+    """(exact, near): 64-bit hashes of all letters and digits, in lower case, and of the first ones."""
+    plain = re.sub(r'\W+', '', text.casefold())
+    return [int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest()) for part in (plain, plain[:opening])]
+
+def collect(cfg, folder):
+    """The articles phase: clean, without stubs and duplicates, in files of CHUNK."""
+    clock, seen, kept = time.time(), (set(), set()), 0
+    counts = {'read': 0, 'stub': 0, 'duplicate': 0, 'near duplicate': 0}
+    for path in chunks(folder, '.jsonl'):                   # a run that was stopped
+        with open(path, encoding='utf-8') as f:
+            counts = json.loads(next(f))
+            for article in map(json.loads, f):
+                kept += 1
+                for known, one in zip(seen, article['hashes']):
+                    known.add(one)
+    before, chunk = kept, []
+    def flush():
+        path = os.path.join(folder, f'{len(chunks(folder, ".jsonl")):05d}.jsonl')
+        lines = (json.dumps(line, ensure_ascii=False) for line in (counts, *chunk))
+        def write(temporary):
+            with open(temporary, 'w', encoding='utf-8', errors='replace') as f:
+                f.writelines(line + '\n' for line in lines)
+        save(path, write)
+        chunk.clear()
+    with tqdm(total=cfg.max_articles, initial=kept, desc='articles', unit='article', disable=None) as bar:
+        for record in records(cfg, counts['read']) if kept < cfg.max_articles else ():
+            counts['read'] += 1
+            text = clean(record['text'])
+            exact, near = hashes(text)
+            fate = ('stub' if len(text) < max(1, cfg.min_chars) else 'duplicate' if exact in seen[0]
+                    else 'near duplicate' if near in seen[1] else None)
+            if fate:
+                counts[fate] += 1
+                continue
+            seen[0].add(exact)
+            seen[1].add(near)
+            chunk.append({'id': str(record['id']), 'title': str(record['title']), 'text': text,
+                          'hashes': [exact, near]})
+            kept += 1
+            bar.update()
+            if len(chunk) == CHUNK:
+                flush()
+            if kept == cfg.max_articles:
+                break
+    if chunk:
+        flush()
+    if kept <= cfg.n_topics:
+        raise SystemExit(f'{cfg.source}: {kept} articles after cleaning ({counts["read"]} read), too few for '
+                         f'{cfg.n_topics} topics; give more, or lower --n_topics or --min_chars')
+    print('articles  ' + ', '.join(f'{v:,} {k}' for k, v in counts.items()) + f': {kept:,} kept')
+    return finish('articles', folder, clock, kept - before, 'articles', counts=counts, kept=kept)
+
+# -----------------------------------------------------------------------------
+# embeddings
+
+def beginning(article, chars):
+    return f'{article["title"]}\n{article["text"][:chars]}'
+
+def embed(cfg, source_folder, folder, n):
+    """Unit vectors of all articles, float32 [n, d], a file of CHUNK at a time."""
+    clock = time.time()
+    if cfg.embedder == 'lsa':
+        from sklearn.decomposition import TruncatedSVD
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.preprocessing import normalize
+        texts = tqdm((beginning(a, LSA_CHARS) for a in articles(source_folder)), desc='TF-IDF', total=n, disable=None)
+        words = TfidfVectorizer(max_features=50_000, max_df=0.5, stop_words='english', sublinear_tf=True,
+                                dtype=np.float32)
+        try:
+            weights = words.fit_transform(texts)
+        except ValueError as e:
+            raise SystemExit(f'{cfg.source}: lsa finds no words to tell articles apart ({e})') from None
+        svd = TruncatedSVD(min(LSA_DIM, min(weights.shape) - 1), random_state=cfg.seed)
+        vectors = normalize(svd.fit_transform(weights)).astype(np.float32)
+        save(os.path.join(folder, '00000.npy'), lambda path: np.save(path, vectors))
+        return finish('embed', folder, clock, n, 'articles')
+    try:
+        import torch
+        from sentence_transformers import SentenceTransformer
+        model = SentenceTransformer(cfg.embedder, device=cfg.device or None)
+    except Exception as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise SystemExit(f'embedder {cfg.embedder!r} cannot be loaded ({reason}); name a sentence-transformers model or '
+                         'a local folder of one, check the network, or choose --embedder=lsa') from None
+    model.max_seq_length = min(cfg.embed_tokens, model.max_seq_length or cfg.embed_tokens)
+    gpus = torch.cuda.device_count() if not cfg.device else 0
+    pool = model.start_multi_process_pool([f'cuda:{i}' for i in range(gpus)]) if gpus > 1 else None
+    stream, done = articles(source_folder), len(chunks(folder, '.npy'))
+    n_before = min(n, done * CHUNK)
+    try:
+        with tqdm(total=n, initial=n_before, desc='embed', unit='article', disable=None) as bar:
+            for i in range(0, n, CHUNK):
+                texts = [beginning(a, 8 * cfg.embed_tokens) for a in itertools.islice(stream, CHUNK)]
+                if i < n_before:
+                    continue
+                parts = []
+                for j in range(0, len(texts), CHUNK if pool else 256):
+                    part = texts[j:j + (CHUNK if pool else 256)]
+                    parts.append(model.encode(part, batch_size=64, normalize_embeddings=True, pool=pool,
+                                              show_progress_bar=False))
+                    bar.update(len(part))
+                vectors = np.concatenate(parts).astype(np.float32)
+                save(os.path.join(folder, f'{i // CHUNK:05d}.npy'), lambda path: np.save(path, vectors))
+    finally:
+        if pool:
+            model.stop_multi_process_pool(pool)
+    return finish('embed', folder, clock, n - n_before, 'articles')
+
+# -----------------------------------------------------------------------------
+# clusters
+
+def distinctive(texts, labels, n_topics, n_words=15):
+    """Words that tell each topic from the others: log-odds of the articles that hold them, over its standard error,
+    with all topics as the prior (Monroe, Colaresi & Quinn 2008, section 3.3.1). [topic][n_words]."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    counter = CountVectorizer(max_features=20_000, stop_words='english', binary=True, token_pattern=r'[^\W\d_]{3,}')
+    counts = counter.fit_transform(texts)                   # [articles, words]
+    by_topic = np.stack([np.asarray(counts[labels == k].sum(0)).ravel() for k in range(n_topics)]).astype(float)
+    prior = by_topic.sum(0) / by_topic.sum() * 1_000 + 0.01
+    odds = lambda y: np.log((y + prior) / ((y + prior).sum() - (y + prior)))
+    z = [(odds(y) - odds(by_topic.sum(0) - y)) / np.sqrt(1 / (y + prior) + 1 / (by_topic.sum(0) - y + prior))
+         for y in by_topic]
+    names = counter.get_feature_names_out()
+    return [[str(w) for w in names[np.argsort(-row)[:n_words]]] for row in z]
+
+def cluster(cfg, source_folder, embed_folder, folder, n):
+    """K-means; labels.npy uint8 [n], clusters.json and topics.md for a person."""
+    from sklearn.cluster import KMeans
+    from sklearn.manifold import TSNE
+    from sklearn.metrics import adjusted_mutual_info_score
+    clock = time.time()
+    x = np.concatenate([np.load(path) for path in chunks(embed_folder, '.npy')])
+    assert len(x) == n
+    fits = [KMeans(cfg.n_topics, n_init=3, random_state=cfg.seed + i).fit(x)
+            for i in tqdm(range(3), desc='clusters', unit='seed', disable=None)]
+    ami = [float(adjusted_mutual_info_score(a.labels_, b.labels_)) for a, b in itertools.combinations(fits, 2)]
+    labels, centres = fits[0].labels_, fits[0].cluster_centers_
+    sizes = np.bincount(labels, minlength=cfg.n_topics)
+    titles, texts = zip(*((a['title'], a['text'][:1_000]) for a in articles(source_folder)))
+    words = distinctive(texts, labels, cfg.n_topics)
+    near = [np.where(labels == k)[0][np.argsort(((x[labels == k] - centres[k]) ** 2).sum(1))[:10]]
+            for k in range(cfg.n_topics)]
+    share = float(sizes.max() / n)
+    sample = np.sort(np.random.default_rng([cfg.seed, 2]).permutation(n)[:2_000])
+    picture = TSNE(init='pca', random_state=cfg.seed, perplexity=min(30, (len(sample) - 1) / 3)).fit_transform(x[sample])
+    shards.write_json(os.path.join(folder, 'clusters.json'), {
+        'embedder': parameters(cfg)['embedder'], 'articles': n, 'sizes': sizes.tolist(), 'words': words, 'ami': ami,
+        'nearest': [[titles[i] for i in which] for which in near], 'largest_share': share,
+        'picture': [[round(float(a), 2), round(float(b), 2), int(k)] for (a, b), k in zip(picture, labels[sample])]})
+    lines = [f'# {cfg.n_topics} topics of {n:,} articles', '',
+             f'K-means of {parameters(cfg)["embedder"]} embeddings. Adjusted mutual information between three seeds: '
+             + ', '.join(f'{a:.2f}' for a in ami) + f'. Largest topic: {share:.0%}.', '']
+    for k in range(cfg.n_topics):
+        lines += [f'## Topic {k}: {", ".join(words[k][:3])}', '', f'{sizes[k]:,} articles, {sizes[k] / n:.1%}', '',
+                  f'Words: {", ".join(words[k])}', '', f'Nearest: {"; ".join(titles[i] for i in near[k])}', '']
+    shards.write_text(os.path.join(folder, 'topics.md'), '\n'.join(lines))
+    save(os.path.join(folder, 'labels.npy'), lambda path: np.save(path, labels.astype(np.uint8)))
+    if share > 0.3:
+        print(f'WARNING: the largest topic holds {share:.0%} of the articles; try another embedder or n_topics')
+    print(f'clusters  largest {share:.0%}, adjusted mutual information between seeds '
+          + ', '.join(f'{a:.2f}' for a in ami) + f'; {os.path.join(folder, "topics.md")} shows what they are')
+    return finish('clusters', folder, clock, n, 'articles', ami=ami, largest_share=share, sizes=sizes.tolist())
+
+# -----------------------------------------------------------------------------
+# tokens
+
+def train_tokenizer(cfg, source_folder, folder, val):
+    """Byte-level BPE of the training articles, tokenizer.json: whatever the text, decoding gives it back."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    clock = time.time()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=cfg.vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=sys.stderr.isatty())
+    texts = (a['text'] for a, is_val in zip(articles(source_folder), val) if not is_val)
+    tokenizer.train_from_iterator(texts, trainer, length=int((~val).sum()))
+    found = tokenizer.get_vocab_size()
+    if found < cfg.vocab_size:
+        print(f'WARNING: these articles give {found:,} tokens, not {cfg.vocab_size:,}; the rest will never occur')
+    save(os.path.join(folder, 'tokenizer.json'), lambda path: tokenizer.save(path))
+    return finish('tokenizer', folder, clock, int((~val).sum()), 'articles', found=found)
+
+def encode(cfg, source_folder, tokenizer_folder, folder, n):
+    """The tokens of all articles: files of CHUNK articles, uint16 tokens one after the other, and lengths."""
+    from tokenizers import Tokenizer
+    clock = time.time()
+    tokenizer = Tokenizer.from_file(os.path.join(tokenizer_folder, 'tokenizer.json'))
+    stream, done, total = articles(source_folder), len(chunks(folder, '.npz')), 0
+    with tqdm(total=n, initial=min(n, done * CHUNK), desc='tokens', unit='article', disable=None) as bar:
+        for i in range(0, n, CHUNK):
+            texts = [a['text'] for a in itertools.islice(stream, CHUNK)]
+            if i < done * CHUNK:
+                continue
+            ids = [np.array(e.ids, np.uint16) for e in tokenizer.encode_batch_fast(texts)]
+            save(os.path.join(folder, f'{i // CHUNK:05d}.npz'),
+                 lambda path: np.savez(path, tokens=np.concatenate(ids), lengths=[len(x) for x in ids]))
+            bar.update(len(texts))
+            total += len(texts)
+    return finish('tokens', folder, clock, total, 'articles')
+
+# -----------------------------------------------------------------------------
+# rows
+
+def next_topic_weights(tokens):
+    """Weights w [K] of a draw without repeats, P(d | c) = w_d / (1 - w_c), that visits topics in proportion to `tokens`
+    [K], as far as that can be: the visits are proportional to w_c (1 - w_c)."""
+    share = tokens / tokens.sum()
+    w = share.copy()
+    for _ in range(50):
+        w = share / np.maximum(1 - w, 0.5)                  # half of all segments is the most a topic can have
+        w /= w.sum()
+    return w
+
+def pack(rng, lengths, labels, width, low, high, least, desc=''):
+    """
+    Cut articles into rows of `width` tokens: int64 [pieces, 4] of (row, article, start, length), by row.
+
+    lengths, labels: tokens and topic of each article [n]. A row has U{low..high} pieces, neighbours of different topics,
+    each of one article, no article twice, at least `least` tokens each; a token is used at most once. An article is
+    cut from its beginning on, and never so that an end shorter than `least` is left if it can be helped. With
+    low = high = 1 a row holds one topic: as many pieces as it takes, so that short articles are used too.
+    """
+    rest, at, pieces = lengths.astype(np.int64).copy(), np.zeros(len(lengths), np.int64), []
+    K = int(labels.max()) + 1
+    if high == 1:
+        for k in range(K):
+            row, room = len({p[0] for p in pieces}), width
+            for a in rng.permutation(np.where(labels == k)[0]):
+                while rest[a]:
+                    size = min(rest[a], room)
+                    pieces.append((row, a, at[a], size))
+                    at[a], rest[a], room = at[a] + size, rest[a] - size, room - size
+                    if not room:
+                        row, room = row + 1, width
+            while pieces and room < width and pieces[-1][0] == row:
+                pieces.pop()                                # a row that this topic cannot fill
+        return np.array(pieces, np.int64).reshape(-1, 4)
+    pool = [list(rng.permutation(np.where((labels == k) & (lengths >= least))[0])) for k in range(K)]
+    left = np.array([rest[p].sum() for p in pool], float)   # tokens of each topic
+    index = np.zeros(len(lengths), np.int64)                # of an article in its pool
+    for p in pool:
+        index[p] = np.arange(len(p))
+    bar = tqdm(total=int(left.sum()), desc=desc, unit='token', disable=None, unit_scale=True)
+    row = failed = 0
+    while failed < 100 and np.count_nonzero(left) > 1:
+        if row % 500 == 0:
+            weights = next_topic_weights(left)
+        n, room, mine, topic = int(rng.integers(low, high + 1)), width, [], -1
+        cuts = np.sort(rng.choice(width - n * least + n - 1, n - 1, replace=False)) - np.arange(n - 1)
+        wanted = np.diff(np.concatenate([[0], cuts, [width - n * least]])) + least      # a uniform composition
+        for i in range(n):
+            p = np.where((left > 0) & (np.arange(K) != topic), weights + 1e-9, 0)
+            topic = int(rng.choice(K, p=p / p.sum()))
+            most = room - least * (n - 1 - i)               # leaves room for the other pieces
+            want = room if i == n - 1 else min(int(wanted[i]), most)
+            size, spare = 0, None
+            for _ in range(60):
+                a = pool[topic][int(rng.integers(len(pool[topic])))]
+                r = rest[a]
+                if any(a == b for b, _ in mine):
+                    continue
+                if r == want or r >= want + least:
+                    size = want
+                elif i < n - 1 and r <= most:
+                    size = r                                # all that is left of it
+                elif i < n - 1 and r >= 2 * least:
+                    size = r - least                        # else its end would be lost
+                elif r > want:
+                    spare = a
+                    continue
+                else:
+                    continue
+                break
+            if not size and spare is not None:
+                a, size = spare, want
+            if not size:
+                break
+            mine.append((a, int(size)))
+            room -= size
+        if room:
+            failed += 1                                     # nothing was taken; another draw may do
+            continue
+        failed = 0
+        for a, size in mine:
+            pieces.append((row, a, at[a], size))
+            k, gone = labels[a], size
+            at[a], rest[a] = at[a] + size, rest[a] - size
+            if rest[a] < least:
+                gone, rest[a] = size + rest[a], 0
+                last = pool[k].pop()                        # takes its place
+                if last != a:
+                    pool[k][index[a]], index[last] = last, index[a]
+            left[k] -= gone
+            bar.update(int(size))
+        row += 1
+    bar.close()
+    return np.array(pieces, np.int64).reshape(-1, 4)
+
+def rows_of(pieces, tokens, starts, labels, width, rng):
+    """Tokens uint16 and topics uint8 [rows, width] of what `pack` cut, rows shuffled. starts: of each article."""
+    order = np.concatenate([np.arange(s, s + size) for s, size in zip(starts[pieces[:, 1]] + pieces[:, 2], pieces[:, 3])])
+    topics = np.repeat(labels[pieces[:, 1]], pieces[:, 3]).reshape(-1, width)
+    shuffle = rng.permutation(len(topics))
+    return tokens[order].reshape(-1, width)[shuffle], topics[shuffle]
+
+# -----------------------------------------------------------------------------
+
+def main(cfg):
+    """Writes data_dir unless it is there with the same parameters; returns the folder."""
+    check(cfg)
+    meta = parameters(cfg)
+    if shards.is_there(cfg.data_dir, meta):
+        shards.read(cfg.data_dir)
+        print(f'{cfg.data_dir} is there, with these parameters')
+        return cfg.data_dir
+    try:
+        os.makedirs(cfg.work_dir, exist_ok=True)
+        return prepare(cfg, meta)
+    except OSError as e:
+        raise SystemExit(f'{e.filename or cfg.work_dir}: {e.strerror or e}; make room or choose another --work_dir; the '
+                         'same command goes on') from None
+    except KeyboardInterrupt:
+        raise SystemExit(f'{cfg.work_dir}: stopped; the same command goes on') from None
+
+def prepare(cfg, meta):
+    width = cfg.block_size + 1
+    where = [cfg.source, cfg.subset] if hub(cfg) else [(os.path.basename(f), os.path.getsize(f)) for f in files_of(cfg)]
+    read = {'source': where, 'max_articles': cfg.max_articles, 'min_chars': cfg.min_chars}
+    source_folder, facts = place(cfg, 'articles', read)
+    facts = facts or collect(cfg, source_folder)
+    n = facts['kept']
+    if n <= cfg.n_topics:
+        raise SystemExit(f'{cfg.source}: {n} articles, too few for n_topics={cfg.n_topics}')
+
+    embedding = read | {'embedder': meta['embedder'], 'embed_tokens': cfg.embed_tokens, 'seed': cfg.seed}
+    embed_folder, done = place(cfg, 'embed', embedding)
+    done or embed(cfg, source_folder, embed_folder, n)
+    cluster_folder, clusters = place(cfg, 'clusters', embedding | {'n_topics': cfg.n_topics})
+    clusters = clusters or cluster(cfg, source_folder, embed_folder, cluster_folder, n)
+    labels = np.load(os.path.join(cluster_folder, 'labels.npy'))
+
+    val = np.zeros(n, bool)                                 # the split, by article, before anything is packed
+    val[np.random.default_rng([cfg.seed, 0]).permutation(n)[:max(1, round(cfg.val_share * n))]] = True
+    split = read | {'val_share': cfg.val_share, 'seed': cfg.seed, 'vocab_size': cfg.vocab_size}
+    tokenizer_folder, done = place(cfg, 'tokenizer', split)
+    done or train_tokenizer(cfg, source_folder, tokenizer_folder, val)
+    tokens_folder, done = place(cfg, 'tokens', split)
+    done or encode(cfg, source_folder, tokenizer_folder, tokens_folder, n)
+
+    clock = time.time()
+    parts = [np.load(path) for path in chunks(tokens_folder, '.npz')]
+    tokens, lengths = np.concatenate([p['tokens'] for p in parts]), np.concatenate([p['lengths'] for p in parts])
+    assert len(lengths) == n
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    arrays, used = {}, {}
+    for name, mask, low, high in (('train', ~val, cfg.min_segments, cfg.max_segments), ('val', val, *VAL_SEGMENTS)):
+        rng = np.random.default_rng([cfg.seed, 3 + (name == 'val')])
+        mine = np.where(mask)[0]
+        pieces = pack(rng, lengths[mine], labels[mine], width, low, high, cfg.min_segment_len, f'pack {name}')
+        if not len(pieces):
+            raise SystemExit(f'{cfg.source}: too few {name} articles for one row of {width} tokens; give more')
+        pieces[:, 1] = mine[pieces[:, 1]]
+        arrays[name], arrays[f'{name}_topics'] = rows_of(pieces, tokens, starts, labels, width, rng)
+        total = int(lengths[mine].sum())
+        used[name] = {'articles': len(mine), 'tokens': total, 'used': arrays[name].size, 'unused': total - arrays[name].size}
+        print(f'{name:10}{len(arrays[name]):,} rows, {arrays[name].size / total:.1%} of {total:,} tokens')
+    ids, sizes = zip(*((a['id'], len(a['text'].encode())) for a in articles(source_folder)))
+    meta['corpus'] = {'articles': n, 'counts': facts['counts'], 'tokens': used,
+                      'topics': {k: clusters[k] for k in ('sizes', 'largest_share', 'ami')},
+                      'bytes_per_token': sum(sizes) / len(tokens),
+                      'val_ids': [i for i, is_val in zip(ids, val) if is_val]}
+    meta['references'] = {'uniform': float(np.log(cfg.vocab_size)), 'bigram': None, 'filter': None, 'oracle': None}
+    shards.write(cfg.data_dir, arrays, meta, {
+        'tokenizer.json': tokenizer_folder, 'clusters.json': cluster_folder, 'topics.md': cluster_folder})
+    print(f'rows      {sum(used[k]["used"] for k in used):,} tokens in {time.time() - clock:,.0f} s; {cfg.data_dir}')
+    return cfg.data_dir
+
+if __name__ == '__main__':
+    # a config file of an experiment means its runs by out_dir; on this command line it can only be the dataset
+    main(configure(__file__, [arg.replace('--out_dir=', '--data_dir=', 1) for arg in sys.argv[1:]]))

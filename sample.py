@@ -1,0 +1,65 @@
+"""
+Continue a prompt with a trained run whose dataset has a tokenizer.
+
+    python sample.py --run=out/wiki_small/mha_shuffled_rope/seed0 --prompt="The river flows through"
+"""
+import os
+
+import torch
+
+from configurator import configure
+from model import load, read_config, read_finished
+from train import data_folder, machine
+
+# -----------------------------------------------------------------------------
+# config
+
+run = ''                    # folder of the run
+prompt = 'The city of'      # text to continue
+n_samples = 3               # continuations
+n_tokens = 60               # tokens in each
+temperature = 0.8           # 0 = always the likeliest token
+top_k = 100                 # of the likeliest tokens, at most
+seed = 0                    # of the draws
+device = ''                 # as in train.py
+
+# -----------------------------------------------------------------------------
+
+@torch.no_grad()
+def continuation(model, ids, n_tokens, temperature, top_k, generator):
+    """ids, a list of tokens, and n_tokens drawn after it; the model sees the last block_size of them."""
+    for _ in range(n_tokens):
+        window = torch.tensor([ids[-model.block_size:]], device=next(model.parameters()).device)
+        logits = model(window)[0, -1].float().cpu()                                        # [vocab_size]
+        if temperature == 0:
+            ids = ids + [int(logits.argmax())]
+            continue
+        best, which = logits.topk(min(top_k, len(logits)))
+        ids = ids + [int(which[torch.multinomial((best / temperature).softmax(0), 1, generator=generator)])]
+    return ids
+
+def main(cfg):
+    if not cfg.run:
+        raise SystemExit('sample.py: --run=FOLDER, the trained run to sample from')
+    for key, least in {'n_samples': 1, 'n_tokens': 1, 'top_k': 1, 'temperature': 0, 'seed': 0}.items():
+        if getattr(cfg, key) < least:
+            raise SystemExit(f'{key} = {getattr(cfg, key)}: must be at least {least}')
+    c = read_config(cfg.run)
+    read_finished(cfg.run, c)                               # says what is missing
+    path = os.path.join(data_folder(c['data_dir'], c['seed']), 'tokenizer.json')
+    if not os.path.exists(path):
+        raise SystemExit(f'{path}: missing; only runs on text (prepare_wiki.py) can be sampled')
+    from tokenizers import Tokenizer                        # only here
+    tokenizer, generator = Tokenizer.from_file(path), torch.Generator().manual_seed(cfg.seed)
+    ids = tokenizer.encode(cfg.prompt).ids
+    if not ids:
+        raise SystemExit('prompt is empty; give a few words with --prompt="..."')
+    model = load(cfg.run, machine(cfg.device)[0])
+    texts = []
+    for i in range(cfg.n_samples):
+        texts.append(tokenizer.decode(continuation(model, ids, cfg.n_tokens, cfg.temperature, cfg.top_k, generator)))
+        print(f'--- {i + 1}\n{texts[-1]}\n')
+    return texts
+
+if __name__ == '__main__':
+    main(configure(__file__))
