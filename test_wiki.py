@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -197,6 +198,32 @@ def test_stopped_anywhere(made, tmp_path, monkeypatch):
             stops += 1
         assert stops < 30
     assert stops >= 8 and same(made[0], tmp_path)
+
+def test_stopped_embedding(tmp_path, monkeypatch):
+    """A model that is stopped in its second file begins there again, and the vectors are those of an undisturbed run."""
+    class Model:
+        """Counts letters; stands in for SentenceTransformer."""
+        max_seq_length, seen, stop_after = 256, 0, 90
+        def __init__(self, name, device=None):
+            assert name == 'letters'
+        def encode(self, texts, normalize_embeddings, **_):
+            if Model.seen + len(texts) > Model.stop_after:
+                raise KeyboardInterrupt
+            Model.seen += len(texts)
+            x = np.array([[t.count(c) for c in 'abcdefghijklmnoprstu'] for t in texts], float) + 1e-3
+            return x / np.linalg.norm(x, axis=1, keepdims=True)
+    monkeypatch.setitem(sys.modules, 'sentence_transformers', types.SimpleNamespace(SentenceTransformer=Model))
+    monkeypatch.setattr(prepare_wiki, 'CHUNK', 40)
+    write_articles(tmp_path / 'articles.jsonl')
+    vectors = lambda work: [np.load(f) for f in prepare_wiki.chunks(glob.glob(f'{tmp_path}/{work}/embed-*')[0], '.npy')]
+    prepare_wiki.main(config(tmp_path, '--embedder=letters', f'--work_dir={tmp_path}/whole', f'--data_dir={tmp_path}/x'))
+    Model.seen, Model.stop_after = 0, 60
+    with pytest.raises(SystemExit, match='the same command goes on'):
+        prepare_wiki.main(config(tmp_path, '--embedder=letters'))
+    assert Model.seen == 40 and len(vectors('work')) == 1
+    Model.stop_after = 90
+    prepare_wiki.main(config(tmp_path, '--embedder=letters'))
+    assert Model.seen == 90 and np.array_equal(np.concatenate(vectors('whole')), np.concatenate(vectors('work')))
 
 def test_disk_full(tmp_path, monkeypatch):
     write_articles(tmp_path / 'articles.jsonl')
