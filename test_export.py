@@ -22,19 +22,20 @@ import train
 from configurator import configure
 from model import load, rotary
 from test_smoke import refuses
-from test_train import HERE, TINY, dataset, run                      # noqa: F401 (dataset is a fixture)
+from test_train import HERE, TINY, run
 
 TEXT = 'Topics, 12 of them:  wide  spaces,\ttabs,\nnew lines, Zoë’s naïve 東京 🙂 tokens that don’t end '
 ARMS = {'mha': ['--n_head=2'], 'gqa': ['--n_head=4', '--n_kv_head=2']}
+SPECIAL = {'mha': ['<|pad|>', '<|endoftext|>'], 'gqa': []}           # of their datasets' tokenizers
 CASES = list(itertools.product(ARMS, ('rope', 'drope')))
 
-def text_dataset(folder):
-    """A dataset of the README's own text and its tokenizer.json: a byte-level BPE with two special tokens."""
+def text_dataset(folder, special_tokens):
+    """A dataset of the README's own text and its tokenizer.json: a byte-level BPE."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     text = open(os.path.join(HERE, 'README.md'), encoding='utf-8').read()
     bpe.train_from_iterator([text], trainers.BpeTrainer(
-        vocab_size=400, special_tokens=['<|pad|>', '<|endoftext|>'], show_progress=False,
+        vocab_size=400, special_tokens=special_tokens, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokens = np.array(bpe.encode(text).ids)
     tokens = tokens[:len(tokens) // 33 * 33].reshape(-1, 33)
@@ -51,20 +52,20 @@ def export(home, *args):
     assert done.returncode == 0, done.stderr
 
 @pytest.fixture(scope='module')
-def home(tmp_path_factory, dataset):                                 # noqa: F811
+def home(tmp_path_factory):
     """
-    A folder with runs in out/demo, MHA on a dataset with a tokenizer and GQA on one without, and their exports
-    out/<arm>_<kind>, all made by the real stages. Before the export every weight of the checkpoints, norm gains
+    A folder with datasets in data, runs in out/demo, and their exports out/<arm>_<kind>, all made by the real stages. Before the export every weight of the checkpoints, norm gains
     too, is drawn at random and large enough to matter.
     """
     home = tmp_path_factory.mktemp('home')
-    text_dataset(str(home / 'data/text'))
+    for arm, tokens in SPECIAL.items():
+        text_dataset(str(home / 'data' / arm), tokens)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                                         # these are too small for more
     with contextlib.chdir(home):
         for arm, flags in ARMS.items():
-            data = f'--data_dir={"data/text" if arm == "mha" else dataset}'
-            train.main(configure('train.py', [*TINY, *flags, data, '--out_dir=out/demo', '--max_iters=4']))
+            flags = [*TINY, *flags, f'--data_dir=data/{arm}', '--out_dir=out/demo', '--max_iters=4']
+            train.main(configure('train.py', flags))
             drope.main(configure('drope.py', [f'--run={folder_of(arm, "rope")}', '--recal_iters=2', '--device=cpu']))
     for arm, kind in CASES:
         path, g = home / folder_of(arm, kind) / 'ckpt.pt', torch.Generator().manual_seed(len(kind))
@@ -115,8 +116,8 @@ def test_angles_equal_transformers_at_length(theta):
 @pytest.mark.parametrize('arm, kind', CASES)
 def test_what_is_in_the_folder(home, arm, kind):
     folder, model = home / f'out/{arm}_{kind}', ours(home, arm, kind)[0]
-    tokenizer = ['tokenizer.json', 'tokenizer_config.json'] if arm == 'mha' else []
-    assert sorted(os.listdir(folder)) == ['config.json', 'model.safetensors', *tokenizer]
+    files = ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
+    assert sorted(os.listdir(folder)) == files
     weights, c = load_file(folder / 'model.safetensors'), json.load(open(folder / 'config.json'))
     assert weights.keys() == model.state_dict().keys() and 'lm_head.weight' not in weights
     assert all(w.dtype == torch.float32 and torch.equal(w, model.state_dict()[k]) for k, w in weights.items())
@@ -126,17 +127,18 @@ def test_what_is_in_the_folder(home, arm, kind):
     assert (c['rope_scaling'] or {'rope_type': 'default'}) | {'rope_theta': 1e6} == c['rope_parameters']
     assert (c['rope_scaling'] is None) == (kind == 'rope')
 
-def test_tokenizer_round_trip(home):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    bpe = Tokenizer.from_file(str(home / 'data/text/tokenizer.json'))
-    theirs = AutoTokenizer.from_pretrained(home / 'out/mha_drope')
+@pytest.mark.parametrize('arm', ARMS)
+def test_tokenizer_round_trip(home, arm):
+    from transformers import AutoConfig, AutoTokenizer
+    bpe = Tokenizer.from_file(str(home / f'data/{arm}/tokenizer.json'))
+    theirs, config = (auto.from_pretrained(home / f'out/{arm}_drope') for auto in (AutoTokenizer, AutoConfig))
     for text in (TEXT, open(os.path.join(HERE, 'README.md'), encoding='utf-8').read(), 'one<|endoftext|>two'):
         ids = theirs(text)['input_ids']
         assert ids == bpe.encode(text).ids and theirs.decode(ids) == text
-    assert theirs('one<|endoftext|>')['input_ids'][-1] == theirs.eos_token_id == 1 and theirs.pad_token_id == 0
     assert len(theirs) == 400 and theirs.model_max_length == 32
-    config = AutoModelForCausalLM.from_pretrained(home / 'out/mha_drope').config
-    assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (1, 0, None)
+    expected = (0, 1, None) if SPECIAL[arm] else (None, None, None)
+    for has in (theirs, config):
+        assert (has.pad_token_id, has.eos_token_id, has.bos_token_id) == expected
 
 # -----------------------------------------------------------------------------
 # TransformerLens, by the README's own lines
@@ -174,9 +176,8 @@ def test_readme_opens_it_in_transformer_lens(home, monkeypatch):
             print(f'{arm} {kind}, layer {layer}: patterns differ by {(a - b).abs().max():.1e}, sd {a.std():.2f}')
             assert (a - b).abs().max() < 1e-5 and not b.triu(1).any()
             assert (a - other).abs().max() > 0.1                     # positions matter to these patterns
-        if arm == 'mha':                                             # text enters as in the dataset, without a BOS
-            ids = Tokenizer.from_file('data/text/tokenizer.json').encode(TEXT).ids
-            assert theirs.to_tokens(TEXT)[0].tolist() == ids[:32]
+        ids = Tokenizer.from_file(f'data/{arm}/tokenizer.json').encode(TEXT).ids
+        assert theirs.to_tokens(TEXT)[0].tolist() == ids[:32]        # text enters as in the dataset, without a BOS
 
 # -----------------------------------------------------------------------------
 # bad input: one line, and nothing is left behind
@@ -213,10 +214,10 @@ def test_bad_exports(home, tmp_path, monkeypatch):
 
     # a tokenizer that is broken, or too large
     shutil.copy(f'{good}/ckpt.pt', bad)
-    shutil.copytree('data/text', tmp_path / 'data')
+    shutil.copytree('data/mha', tmp_path / 'data')
     config['data_dir'] = str(tmp_path / 'data')
     json.dump(config, open(f'{bad}/config.json', 'w'))
-    tokenizer = json.load(open('data/text/tokenizer.json'))
+    tokenizer = json.load(open('data/mha/tokenizer.json'))
     for text in ('{"model": ', '[]', '{"model": {"vocab": {}}, "added_tokens": []}'):
         (tmp_path / 'data/tokenizer.json').write_text(text)
         says('data/tokenizer.json', 'not a BPE')
@@ -231,7 +232,8 @@ def test_bad_exports(home, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shards, 'write_json', full)
         says('hf', 'No space left')
-    export_hf.main(SimpleNamespace(run=bad, out_dir=str(out)))
+    export_hf.main(SimpleNamespace(run=bad, out_dir=str(out)))       # a dataset without a tokenizer
+    assert sorted(os.listdir(out)) == ['config.json', 'model.safetensors']
     refuses(run('export_hf.py', f'--run={bad}', f'--out_dir={out}'), str(out), 'is there already')
     assert os.listdir(tmp_path / 'out') == ['hf']
     refuses(run('export_hf.py', f'--run={tmp_path}/none', f'--out_dir={tmp_path}/new'), 'none', 'no run here')
