@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
 def rotary(block_size, head_dim, theta):
     """(cos, sin) of RoPE's angles [block_size, head_dim], fp32, angle(t, i) = t * theta^(-2i / head_dim); the first
     half of sin is negated, as `rotate` needs it."""
-    inv_freq = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)    # [head_dim / 2]
+    inv_freq = 1 / theta ** (torch.arange(0, head_dim, 2) / head_dim)         # [head_dim / 2], rounded as in HF
     angle = torch.arange(block_size).float()[:, None] * inv_freq             # [block_size, head_dim / 2]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)

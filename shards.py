@@ -9,6 +9,7 @@ Your own labelled tokens become a dataset with
     shards.write(folder, dict(train=..., train_topics=..., val=..., val_topics=...),
                  dict(vocab_size=..., block_size=..., n_topics=...))
 """
+import contextlib
 import glob
 import hashlib
 import json
@@ -37,6 +38,30 @@ def running(pid):
     return True
 
 
+@contextlib.contextmanager
+def new_folder(folder):
+    """
+    Fill a folder, all or nothing: yields the name of a temporary sibling, which is renamed at the end. Stops with one
+    line if the folder exists or cannot be written.
+    """
+    folder = os.path.abspath(folder)
+    if os.path.lexists(folder):
+        raise SystemExit(f'{folder}: is there already; delete it first, or write to another folder')
+    temporary = f'{folder}.tmp-{os.getpid()}'
+    try:
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        for stale in glob.glob(f'{glob.escape(folder)}.tmp-*'):  # what killed runs left behind
+            if stale == temporary or not running(stale.rpartition('-')[2]):
+                shutil.rmtree(stale)
+        os.mkdir(temporary)
+        yield temporary
+        os.rename(temporary, folder)
+    except OSError as error:
+        raise SystemExit(f'{folder}: cannot be written ({error.strerror}); make room or choose another') from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # after the rename there is none
+
+
 def write(folder, arrays, meta, extra=None):
     """
     Write a dataset folder, all or nothing: a temporary sibling is filled, read back, then renamed.
@@ -46,16 +71,8 @@ def write(folder, arrays, meta, extra=None):
     dataset, {name: the folder it is copied from}. Stops with one line if the folder exists,
     cannot be written, or would not be readable.
     """
-    folder = os.path.abspath(folder)
-    if os.path.lexists(folder):
-        raise SystemExit(f'{folder}: is there already; delete it first, or write to another folder')
-    temporary, files = f'{folder}.tmp-{os.getpid()}', {}
-    try:
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
-        for stale in glob.glob(f'{glob.escape(folder)}.tmp-*'):  # what killed runs left behind
-            if stale == temporary or not running(stale.rpartition('-')[2]):
-                shutil.rmtree(stale)
-        os.mkdir(temporary)
+    folder, files = os.path.abspath(folder), {}
+    with new_folder(folder) as temporary:
         for name, array in arrays.items():
             path, dtype, digest = os.path.join(temporary, f'{name}.bin'), dtype_of(name), hashlib.sha256()
             if name not in NAMES or np.ndim(array) != (3 if dtype == np.float16 else 2):
@@ -77,11 +94,6 @@ def write(folder, arrays, meta, extra=None):
         for name, where in (extra or {}).items():
             shutil.copy(os.path.join(where, name), temporary)
         read(temporary)  # what the reader would refuse never gets the final name
-        os.rename(temporary, folder)
-    except OSError as error:
-        raise SystemExit(f'{folder}: cannot be written ({error.strerror}); make room or choose another') from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after the rename there is none
 
 
 def read_meta(folder):
