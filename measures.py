@@ -49,6 +49,17 @@ def distance_from_boundary(z):
     run, start = runs(z)[0], run_edges(z)[0]
     return torch.where(run > 0, torch.arange(z.shape[1], device=z.device) - start.gather(1, run), -1)
 
+def exchanged(z, draws, generator):
+    """The labels z [n,T] handed round between rows with as many runs, as `draws` times: [draws,n,T], and which rows [n]
+    have another row to change with. No row keeps its own, the others do: a level, where o_null is a test."""
+    source, count = torch.arange(len(z)).repeat(draws, 1), runs(z)[1].cpu()                      # [draws,n]
+    for m in count.unique():
+        rows = (count == m).nonzero()[:, 0]
+        for draw in source:
+            ring = rows[torch.randperm(len(rows), generator=generator)]
+            draw[ring] = ring.roll(1)                                              # each takes its neighbour's
+    return z[source.to(z.device)], (count.bincount()[count] > 1).to(z.device)
+
 # ---------------------------------------------------------------------------------------------------------------
 # attention: sums over rows
 
