@@ -12,7 +12,7 @@ Within: the part of the position's own topic, over positions with a choice (some
 chance level: the same labels, handed round between rows with as many runs. What fools it: a token is of its own topic,
 so `others` leaves out the position's own token, again exactly; tokens that tell the topic (`range` chain) resemble each
 other, so their embeddings project on each other through any attention; attention that stops at boundaries raises it
-without knowing a topic. And freezing is not intervening: T says what was added up, not what would be if a token changed.
+without knowing a topic. And freezing is no intervention: T says what was added up, not what another token would do.
 """
 import functools
 import os
@@ -250,8 +250,8 @@ def take_apart(cfg):
     result = {
         'condition': c['condition'], 'seed': c['seed'], 'recal_steps': c['recal_steps'], 'keep_rope': c['keep_rope'],
         'n_topics': K, 'block_size': T, 'rows': n, 'rows_counted': int(rows.sum()), 'positions': int(positions.sum()),
-        'gate': cfg.lens_gate, 'depths': ['embedding', *(f'layer {i + 1}' for i in range(c['n_layer'])), 'norm', 'logit'],
-        'within': tidy(within),
+        'depths': ['embedding', *(f'layer {i + 1}' for i in range(c['n_layer'])), 'norm', 'logit'],
+        'gate': cfg.lens_gate, 'within': tidy(within),
         'gate_difference': {k: tidy(excess[cfg.lens_gate, k] - excess[other, k]) for k in WITHIN},     # of the excess
         'strip': tidy(strip, 4), **versions(device), 'settings': {k: getattr(cfg, k) for k in SETTINGS},
         'seconds': round(time.time() - clock, 2)}

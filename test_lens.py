@@ -256,7 +256,8 @@ def test_script(trained):
     assert done.returncode == 0 and 'within-topic contribution' in done.stdout, done.stderr
     lens, data = strict(path), shards.read(f'{trained}/data')
     assert not [name for name in os.listdir(f'{trained}/run') if 'tmp' in name]
-    assert lens['depths'] == ['embedding', 'layer 1', 'layer 2', 'norm', 'logit'] and lens['settings']['lens_rows'] == 16
+    assert lens['depths'] == ['embedding', 'layer 1', 'layer 2', 'norm', 'logit']
+    assert lens['settings']['lens_rows'] == 16
     for gate in GATES:
         found = lens['within'][gate]
         assert found['projection']['value'][0] == found['projection']['chance'][0] == 1
