@@ -376,11 +376,11 @@ def probe(x_train, y_train, x_test, C=1.0, tol=1e-4):
     return probe_guess(fit_probe(x_train, y_train, C, tol), x_test)
 
 def probe_directions(fitted):
-    """An orthonormal basis [d,K-1], fp64, of what the probe of fit_probe reads: weights on activations as they are
-    (over sd), less their mean over topics, which moves no guess; [d,0] where there is one topic."""
+    """An orthonormal basis [d,K-1], fp64, of what the probe of fit_probe reads: its weights on activations as they are
+    (over sd), which L2 makes sum to 0 over topics; [d,0] where there is one topic."""
     W, topics, _, sd = fitted
-    W = W[:, :-1].double() / sd.double()
-    return torch.linalg.svd((W - W.mean(0)).mT, full_matrices=False)[0][:, :len(topics) - 1]
+    W = W[:, :-1].double() / sd.double()                                           # [K,d]
+    return torch.linalg.svd(W.mT, full_matrices=False)[0][:, :len(topics) - 1]
 
 def running_means(x, windows=(None, 8, 32, 128)):
     """Means of embeddings [B,T,d] over the last w tokens, this one included: {'all': [B,T,d], '8': ..., ...}.
