@@ -70,17 +70,26 @@ def pattern_map(pattern, topics, which, layer, head, score_p):
             'shape': list(cells.shape), 'max': top,
             'uint8': base64.b64encode(zlib.compress(cells.tobytes(), 9)).decode()}
 
-def circuits(model, theta):
-    """Singular values and effective ranks of QK (at distances 0, 1, 16 where there is RoPE) and OV, [L][H]..."""
-    qk, ov = {}, []
+@torch.no_grad()
+def circuits(model, theta, probes):
+    """
+    Singular values and effective ranks of QK (at distances 0, 1, 16 where there is RoPE) and OV, [L][H]... Alignment,
+    [L][H], of what queries and keys read with what the topic probe before the layer reads (directions of probes[l],
+    [n_embd, K - 1]), and of what OV writes with what the probe after the layer reads.
+    """
+    layers = [(b.self_attn, b.input_layernorm.weight) for b in model.model.layers]
+    ov = [measures.ov_svd(a.o_proj.weight, a.v_proj.weight, g1, a.head_dim) for a, g1 in layers]
+    found = {'qk': {}, 'ov': torch.stack([S for _, S, _ in ov]), 'alignment': {'query': {}, 'key': {}}}
+    align = lambda vectors, bases: torch.stack([measures.alignment(v, basis) for v, basis in zip(vectors, bases)])
+    found['alignment']['written'] = align([U for U, _, _ in ov], probes[1:])
     for distance in (0, 1, 16) if model.rope else (0,):
-        qk[str(distance)] = torch.stack([measures.qk_spectrum(
-            b.self_attn.q_proj.weight, b.self_attn.k_proj.weight, b.input_layernorm.weight,
-            b.self_attn.q_norm.weight, b.self_attn.k_norm.weight, distance, theta) for b in model.model.layers])
-    ov = torch.stack([measures.ov_spectrum(b.self_attn.o_proj.weight, b.self_attn.v_proj.weight,
-                                           b.input_layernorm.weight, b.self_attn.head_dim) for b in model.model.layers])
-    rank = measures.effective_rank
-    return {'qk': qk, 'ov': ov, 'qk_rank': {d: rank(s) for d, s in qk.items()}, 'ov_rank': rank(ov)}
+        qk = [measures.qk_svd(a.q_proj.weight, a.k_proj.weight, g1, a.q_norm.weight, a.k_norm.weight, distance, theta)
+              for a, g1 in layers]
+        found['qk'][str(distance)] = torch.stack([S for _, S, _ in qk])
+        found['alignment']['query'][str(distance)] = align([U for U, _, _ in qk], probes)
+        found['alignment']['key'][str(distance)] = align([V for _, _, V in qk], probes)
+    found['qk_rank'] = {d: measures.effective_rank(s) for d, s in found['qk'].items()}
+    return found | {'ov_rank': measures.effective_rank(found['ov'])}
 
 @contextlib.contextmanager
 def ablated(model, means, heads):
@@ -284,11 +293,18 @@ def analyse(cfg):
     train_at, test_at = (at.to(device) for at in probe_at)
     x, y = tokens.flatten(), z.flatten()
     distance = measures.distance_from_boundary(z).flatten()[test_at].cpu().numpy()
-    def guesses(states, labels, desc='probes'):
-        """For each layer, which test tokens a probe trained on labels [n_rows * T] names rightly."""
-        return [(measures.probe(train, labels[train_at], test) == labels[test_at]).cpu().numpy()
-                for train, test in progress(states, desc=desc, unit='layer', leave=False)]
-    correct = guesses(states, y)
+    def guesses(states, labels, desc='probes', directions=None):
+        """For each layer, which test tokens a probe trained on labels [n_rows * T] names rightly; what the probes read
+        is put into the list `directions`."""
+        correct = []
+        for train, test in progress(states, desc=desc, unit='layer', leave=False):
+            fitted = measures.fit_probe(train, labels[train_at])
+            correct.append((measures.probe_guess(fitted, test) == labels[test_at]).cpu().numpy())
+            if directions is not None:
+                directions.append(measures.probe_directions(fitted))
+        return correct
+    read, read_at_init = [], []                             # of each layer: [n_embd, K - 1]
+    correct = guesses(states, y, directions=read)
     by_distance = [measures.by_distance(k, distance) for k in correct]
     y_train, y_test, x_train, x_test = (v[at].cpu().numpy() for v in (y, x) for at in (train_at, test_at))
     probe = {'accuracy': [k.mean() for k in correct], 'train_tokens': len(train_at), 'test_tokens': len(test_at),
@@ -317,7 +333,8 @@ def analyse(cfg):
         mixed = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(c['seed'])).to(device)]
         shuffled = measures.probe(states[L // 2][0], mixed[train_at], states[L // 2][1]) == y[test_at]
         probe |= {'running_mean': running, 'shuffled': shuffled.double().mean().item(),
-                  'init': [k.mean() for k in guesses(activations(fresh, 'random init'), y, 'probes of random init')],
+                  'init': [k.mean() for k in guesses(activations(fresh, 'random init'), y, 'probes of random init',
+                                                     read_at_init)],
                   'control': [k.mean() for k in guesses(states, control, 'control task')],
                   'baseline': max(probe['majority'], probe['token'], probe.get('bag', 0), *running.values()),
                   'normalised': None, 'posterior_r2': None}
@@ -332,8 +349,9 @@ def analyse(cfg):
     # ---- circuits, beside those of the same model before training
     spectra = None
     if not cfg.light:
-        spectra, before = circuits(model, c['rope_theta']), circuits(fresh, c['rope_theta'])
-        spectra['init'] = {k: before[k] for k in ('qk_rank', 'ov_rank')}
+        spectra, before = circuits(model, c['rope_theta'], read), circuits(fresh, c['rope_theta'], read_at_init)
+        spectra['alignment']['chance'] = read[0].size(1) / c['n_embd']          # of random directions
+        spectra['init'] = {k: before[k] for k in ('qk_rank', 'ov_rank', 'alignment')}
 
     records = [json.loads(line) for line in open(os.path.join(cfg.run, 'log.jsonl'))]
     result = {

@@ -52,6 +52,17 @@ def distance_from_boundary(z):
     run, start = runs(z)[0], run_edges(z)[0]
     return torch.where(run > 0, torch.arange(z.shape[1], device=z.device) - start.gather(1, run), -1)
 
+def exchanged(z, draws, generator):
+    """The labels z [n,T] handed round between rows with as many runs, as `draws` times: [draws,n,T], and which rows [n]
+    have another row to change with. No row keeps its own, the others do: a level, where o_null is a test."""
+    source, count = torch.arange(len(z)).repeat(draws, 1), runs(z)[1].cpu()                      # [draws,n]
+    for m in count.unique():
+        rows = (count == m).nonzero()[:, 0]
+        for draw in source:
+            ring = rows[torch.randperm(len(rows), generator=generator)]
+            draw[ring] = ring.roll(1)                                              # each takes its neighbour's
+    return z[source.to(z.device)], (count.bincount()[count] > 1).to(z.device)
+
 # ---------------------------------------------------------------------------------------------------------------
 # attention: sums over rows
 
@@ -335,16 +346,16 @@ def _mean_sd(x):
     mean, sd = x.mean(0), x.std(0, correction=0)
     return mean, torch.where(sd > 1e-6 * mean.abs(), sd, 1.)                       # constant but for rounding
 
-def probe(x_train, y_train, x_test, C=1.0, tol=1e-4):
-    """Logistic regression on standardised activations: x [n,d], y [n] topics (tensors) -> predicted topics of x_test.
+def fit_probe(x, y, C=1.0, tol=1e-4):
+    """Logistic regression on standardised activations: x [n,d], topics y [n] -> (W [K,d+1] with the intercept last, the
+    K topics there are, mean [d] and sd [d] of x).
 
     The objective and the solver of scikit-learn's LogisticRegression (multinomial, L2), its products on x's device.
     tol 1e-4 gives the converged accuracy to 0.1 points (25,000 x 512, 5 topics), 1e-3 up to a whole point less.
     """
-    topics, y = y_train.unique(return_inverse=True)                                # the K topics there are, as 0..K-1
-    mean, sd = _mean_sd(x_train)
-    ones = lambda x: F.pad((x - mean) / sd, (0, 1), value=1.)                      # [n,d+1]
-    x, n, K = ones(x_train), len(y), len(topics)
+    topics, y = y.unique(return_inverse=True)                                      # as 0..K-1
+    mean, sd = _mean_sd(x)
+    x, n, K = F.pad((x - mean) / sd, (0, 1), value=1.), len(y), len(topics)        # [n,d+1]
     onehot = F.one_hot(y).to(x)
     def loss(w):                                                                   # [K*(d+1)] -> J, dJ/dw in fp64
         w = torch.from_numpy(w).to(x).view(K, -1)
@@ -356,7 +367,23 @@ def probe(x_train, y_train, x_test, C=1.0, tol=1e-4):
     with threadpool_limits(1, 'blas'):                                             # scipy's would get in torch's way
         w = minimize(loss, np.zeros(K * x.shape[1]), jac=True, method='L-BFGS-B',
                      options=dict(maxiter=5000, maxls=50, gtol=tol, ftol=64 * np.finfo(float).eps)).x
-    return topics[(ones(x_test) @ torch.from_numpy(w).to(x).view(K, -1).mT).argmax(1)]
+    return torch.from_numpy(w).to(x).view(K, -1), topics, mean, sd
+
+def probe_guess(fitted, x):
+    """The topics [n] that the probe of fit_probe names for activations x [n,d]."""
+    W, topics, mean, sd = fitted
+    return topics[(F.pad((x - mean) / sd, (0, 1), value=1.) @ W.mT).argmax(1)]
+
+def probe(x_train, y_train, x_test, C=1.0, tol=1e-4):
+    """The topics that a probe trained on x_train [n,d], y_train [n] names for x_test."""
+    return probe_guess(fit_probe(x_train, y_train, C, tol), x_test)
+
+def probe_directions(fitted):
+    """An orthonormal basis [d,K-1], fp64, of what the probe of fit_probe reads: its weights on activations as they are
+    (over sd), which L2 makes sum to 0 over topics; [d,0] where there is one topic."""
+    W, topics, _, sd = fitted
+    W = W[:, :-1].double() / sd.double()                                           # [K,d]
+    return torch.linalg.svd(W.mT, full_matrices=False)[0][:, :len(topics) - 1]
 
 def running_means(x, windows=(None, 8, 32, 128)):
     """Means of embeddings [B,T,d] over the last w tokens, this one included: {'all': [B,T,d], '8': ..., ...}.
@@ -452,26 +479,49 @@ def rotation(position, head_dim, theta=1e6):
     cos, sin = angle.cos().diag(), angle.sin().diag()
     return torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)))
 
-def _spectrum(X, Y):
-    """Singular values of X_h' Y_g from X [H,d,n], Y [K,d,n]: with X' = Qx Rx, Y' = Qy Ry those of the small Rx Ry'."""
-    Rx, Ry = torch.linalg.qr(X.mT, mode='r').R, torch.linalg.qr(Y.mT, mode='r').R  # [H,d,d], [K,d,d]
-    return torch.linalg.svdvals(Rx @ Ry.repeat_interleave(len(Rx) // len(Ry), 0).mT)
+def _svd(X, Y):
+    """U [H,n,r], S [H,r], V [H,n,r] of X_h' Y_g from X [H,d,n], Y [K,d,n], r = min(d,n): with X' = Qx Rx, Y' = Qy Ry
+    the singular values are those of the small Rx Ry', and its vectors are turned by Qx and Qy."""
+    (Qx, Rx), (Qy, Ry) = torch.linalg.qr(X.mT), torch.linalg.qr(Y.mT)              # [.,n,r], [.,r,d]
+    Qy, Ry = (y.repeat_interleave(len(X) // len(Y), 0) for y in (Qy, Ry))
+    U, S, Vh = torch.linalg.svd(Rx @ Ry.mT)
+    return Qx @ U, S, Qy @ Vh.mT
 
-def qk_spectrum(W_Q, W_K, g1, gq, gk, distance=0, theta=1e6):
-    """Singular values [H, head_dim] of diag(g1) W_Q' diag(gq) R(-distance) diag(gk) W_K diag(g1), head by head.
+def qk_svd(W_Q, W_K, g1, gq, gk, distance=0, theta=1e6):
+    """Singular vectors of queries U [H,n_embd,r], values S [H,r] and vectors of keys V [H,n_embd,r], r = min(head_dim,
+    n_embd), of diag(g1) W_Q' diag(gq) R(-distance) diag(gk) W_K diag(g1), head by head.
 
     W_Q [H*head_dim, n_embd], W_K [K*head_dim, n_embd]; gains g1 [n_embd] of the norm before, gq, gk [head_dim] of
     QK-Norm. Scores are this form up to positive factors per token: compare shapes, not scales. No RoPE: distance 0.
+    Factored as in Elhage et al. 2021 (A Mathematical Framework for Transformer Circuits).
     """
     d, n = len(gq), len(g1)
     Q = gq.double()[:, None] * (W_Q.double() * g1.double()).view(-1, d, n)         # [H,d,n]
     K = gk.double()[:, None] * (W_K.double() * g1.double()).view(-1, d, n)         # [K,d,n]
-    return _spectrum(rotation(-distance, d, theta).to(Q.device).mT @ Q, K)
+    return _svd(rotation(-distance, d, theta).to(Q.device).mT @ Q, K)
 
-def ov_spectrum(W_O, W_V, g1, head_dim):
-    """Singular values [H, head_dim] of W_O W_V diag(g1) by head; W_O [n_embd, H*head_dim], W_V [K*head_dim, n_embd]."""
+def qk_spectrum(*args, **kwargs):
+    """The singular values [H, head_dim] of qk_svd."""
+    return qk_svd(*args, **kwargs)[1]
+
+def ov_svd(W_O, W_V, g1, head_dim):
+    """Singular vectors written U [H,n_embd,r], values S [H,r] and vectors read V [H,n_embd,r] of W_O W_V diag(g1) by
+    head; W_O [n_embd, H*head_dim], W_V [K*head_dim, n_embd]."""
     d, n = head_dim, len(g1)
-    return _spectrum(W_O.double().mT.reshape(-1, d, n), (W_V.double() * g1.double()).view(-1, d, n))
+    return _svd(W_O.double().mT.reshape(-1, d, n), (W_V.double() * g1.double()).view(-1, d, n))
+
+def ov_spectrum(*args):
+    """The singular values [H, head_dim] of ov_svd."""
+    return ov_svd(*args)[1]
+
+def alignment(vectors, basis):
+    """Share of the squared norm of the first m singular vectors [H,n,r] that lies in an orthonormal basis [n,m]: [H].
+
+    Random directions give m/n, the same subspace 1; nan where m is 0. What would fool it: residual streams are far
+    from isotropic, and all that reads or writes may share their large directions; see the same at initialisation.
+    """
+    m = basis.shape[1]
+    return (basis.mT @ vectors[..., :m]).square().sum((-2, -1)) / m                # [H,m,m]
 
 def effective_rank(s):
     """exp(H(s^2 / sum s^2)) of singular values [..., r]: 1 for rank one, r for a flat spectrum."""

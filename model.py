@@ -15,6 +15,10 @@ import torch.nn.functional as F
 # -----------------------------------------------------------------------------
 # pieces
 
+def fp32(x):
+    """x in fp32; in fp64 where it is that already, for the tests that ask for more digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps=1e-6):
         super().__init__()
@@ -23,7 +27,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         """x / rms(x) * weight over the last dimension; in fp32, cast back, then scaled (Qwen3's order)."""
-        h = x.float()
+        h = fp32(x)
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight.to(x.dtype) * h.to(x.dtype)
 
@@ -93,13 +97,13 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, rope)
         group = self.n_head // self.n_kv_head                                 # head h reads kv head h // group
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        scores = q.float() @ k.float().transpose(-1, -2) * self.head_dim ** -0.5
+        scores = fp32(q) @ fp32(k).transpose(-1, -2) * self.head_dim ** -0.5
         if causal:
             T = x.size(1)
             future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(future, float('-inf'))
         pattern = scores.softmax(-1)
-        return self.out((pattern @ v.float()).to(v.dtype)), pattern
+        return self.out((pattern @ fp32(v)).to(v.dtype)), pattern
 
 class MLP(nn.Module):
     def __init__(self, n_embd, mlp_hidden):

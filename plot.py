@@ -59,6 +59,14 @@ CAPTIONS = {
                 'interval.'),
     'factors': ('What about the order matters', 'Effect of topic order on what dropping RoPE changes: (topic − '
                 'shuffled) DroPE minus kept. Cooldown: last share of training, shuffled. Bars: 95% interval.'),
+    'circuits': ('Rank and alignment of circuits', 'Mean over heads. Alignment: how much of the top singular '
+                 'directions, of what keys read (QK) or heads write (OV), lies in what the topic probe there reads.'),
+    'lens': ('What the own topic\'s tokens contributed', 'Share of the hidden state (of the logit), exact and linear, '
+             'where another topic came before. Chance: labels of other rows. Other tokens: without the position\'s '
+             'own. Faint: seeds.'),
+    'strip': ('One logit, token by token', 'Signed contributions to the logit of the correct next token (above the '
+              'mean logit) along a validation row, first seed. Colours: topics. Numbers: sums of runs. The position\'s own '
+              'token is cut off.'),
     'ablation': ('Ablating heads', 'Loss far from a boundary minus near it, over that of the whole model. Above 0: the '
                  'heads carried what is known of the topic. Faint: seeds, topical heads.'),
     'forgetting': ('Forgetting between visits', 'Validation loss of a topic minus its loss in the shuffled arm at the '
@@ -89,7 +97,7 @@ def read(path):
 
 def load(folder):
     """
-    A folder -> {name, folder, refs, colour, runs: [{attn, order, stage, seed, log, ana}], rows: the same of every
+    A folder -> {name, folder, refs, colour, runs: [{attn, order, stage, seed, log, ana, lens}], rows: the same of every
     recalibration length, from the summary, and lists of it: effects, matched, recovery, forgetting}.
     """
     if not os.path.isdir(folder):
@@ -100,7 +108,8 @@ def load(folder):
         arm = split(os.path.basename(condition))
         if arm and seed.isdigit():
             log = [row for row in read(f'{path}/log.jsonl') or [] if 'step' in row]
-            runs.append(dict(**arm, seed=int(seed), log=log, ana=read(f'{path}/analysis.json')))
+            runs.append(dict(**arm, seed=int(seed), log=log, ana=read(f'{path}/analysis.json'),
+                             lens=read(f'{path}/lens.json')))
     runs.sort(key=lambda r: (r['seed'], r['attn'] != 'mha', factors(r['order']), [*STAGES].index(r['stage'])))
     summary = read(f'{folder}/summary.json') or {}
     refs = summary.get('references') or next((r['ana']['references'] for r in runs if r['ana']), None) or {}
@@ -172,7 +181,8 @@ def canvas(cfg, exp, name, rows, cols, height, **kw):
         **{f'{x}tick.{k}': v for x in 'xy' for k, v in {'color': '#999999', 'labelcolor': '#333333'}.items()}})
     title, sub = CAPTIONS[name]
     seeds = ('' if name in ('matched', 'free') or exp['seeds'][:2] != 'n=' else 'Mean of ') + exp['seeds']
-    sub = textwrap.wrap(sub + (name not in ('order', 'maps', 'words', 'clusters')) * f' {seeds}', int(15.2 * cfg.fig_width))
+    sub = textwrap.wrap(sub + (name not in ('order', 'maps', 'words', 'clusters', 'strip')) * f' {seeds}',
+                        int(15.2 * cfg.fig_width))
     top = .40 + .16 * len(sub)
     tall = rows * height + top
     fig = plt.figure(figsize=(cfg.fig_width, tall), layout='constrained')
@@ -440,6 +450,87 @@ def plot_spectra(cfg, exp, runs):
     fig.colorbar(image, ax=axes, label='layer', ticks=range(L), **BAR)
     return save(fig, cfg, exp, 'spectra')
 
+def plot_circuits(cfg, exp, runs):
+    get = {'QK rank': lambda c, d: c['qk_rank'].get(d), 'OV rank': lambda c, d: c['ov_rank'] if d == '0' else None,
+           'QK alignment': lambda c, d: c['alignment']['key'].get(d),
+           'OV alignment': lambda c, d: c['alignment']['written'] if d == '0' else None}
+    attns, shades, L = present(runs, 'attn'), {'0': 1, '1': .6, '16': .3}, len(runs[0]['ana']['circuits']['ov_rank'])
+    fig, axes = canvas(cfg, exp, 'circuits', 2 * len(attns), 2, 2.1, sharex=True, sharey='row')
+    for ax, (attn, name) in zip(axes.flat, itertools.product(attns, get)):
+        group, aligned = [r | r['ana']['circuits'] for r in pick(runs, attn=attn)], 'alignment' in name
+        layers = lambda found: mean(mean([np.array(f, float).T for f in found]))   # [seed][layer][head] -> [layer]
+        for d, order, stage in itertools.product(shades, present(group, 'order'), ('rope', 'drope')):
+            found = [f for f in (get[name](c, d) for c in pick(group, order=order, stage=stage)) if f]
+            if found:
+                ax.plot(layers(found), STAGES[stage][1], color=exp['colour'][order], alpha=shades[d], marker='o',
+                        ms=2.5, lw=1.1 if exp['many'] else 1.5)
+        init = layers([get[name](c['init'], '0') for c in group])
+        ax.plot(init, color=GREY, lw=1, zorder=0)
+        if aligned:
+            ax.axhline(group[0]['alignment']['chance'], color=GREY, lw=1, ls=(0, (1, 1.5)), zorder=0)
+        ax.set(title=plain(f'{attn}, {name}'), xlabel='layer', xticks=range(0, L, 1 + L // 13),
+               ylabel='share' if aligned else 'effective rank')
+        ax.label_outer()
+    for ax in axes[:, 0]:
+        ax.set_ylim(0)
+    legend(fig, looks(exp, runs) | {'at init': {'lw': 1}, 'chance': {'lw': 1, 'ls': (0, (1, 1.5))}} | {
+        f'distance {d}': {'color': '#000000', 'alpha': alpha} for d, alpha in shades.items()})
+    return save(fig, cfg, exp, 'circuits')
+
+def plot_lens(cfg, exp, runs):
+    attns, stages, L = present(runs, 'attn'), present(runs, 'stage'), len(runs[0]['lens']['depths']) - 3
+    kinds = {'projection': 'all tokens', 'projection_others': 'other tokens'}
+    fig, axes = canvas(cfg, exp, 'lens', 2 * len(attns), len(stages), 2.1, sharex=True, sharey=True)
+    panels = list(itertools.product(attns, kinds, stages))
+    for ax, (attn, kind, stage) in fill(axes, panels, [p for p in panels if pick(runs, attn=p[0], stage=p[2])]):
+        for order in present(pick(runs, attn=attn, stage=stage), 'order'):
+            lenses = [r['lens'] for r in pick(runs, attn=attn, order=order, stage=stage)]
+            found = [l['within'][l['gate']][kind] for l in lenses]
+            y, chance = (np.array([f[k] for f in found], float) for k in ('value', 'chance'))      # [seed, L + 3]
+            spread = mean([f['chance_sd'] or [np.nan] * (L + 3) for f in found])[:L + 1]
+            c, middle = exp['colour'][order], mean(chance)[:L + 1]
+            ax.plot(y[:, :L + 1].T, color=c, lw=.7 * (not exp['many']), alpha=.3)
+            ax.plot(mean(y)[:L + 1], 'o-', color=c, lw=.9 if exp['many'] else 1.8, ms=2 if exp['many'] else 3.5,
+                    zorder=3)
+            ax.plot(middle, color=c, lw=.8, zorder=2)
+            ax.fill_between(range(L + 1), middle - 2 * spread, middle + 2 * spread, color=c, lw=0,
+                            alpha=.15 * (not exp['many']))
+            ax.plot(L + 1, mean(y)[-1], 'D', color=c, ms=4, zorder=3)
+            ax.plot(L + 1, mean(chance)[-1], 'D', color=c, ms=4, mfc='white', mew=.8)
+        ax.set(xlim=(-.2, L + 1.3), ylim=(0, 1.04), title=plain(f'{attn}, {stage}: ') + kinds[kind], ylabel='share',
+               xlabel='layers passed')
+        ax.set_xticks([*range(0, L + 1, 1 + L // 6), L + 1], [*range(0, L + 1, 1 + L // 6), 'logit'])
+        ax.label_outer()
+    mark = {'marker': 'D', 'ls': '', 'ms': 4}
+    legend(fig, looks(exp, runs, stages=False) | {'own topic': {'marker': 'o', 'ms': 3.5}, 'chance': {'lw': .8},
+                                                  'of the logit': mark, 'chance there': mark | {'mfc': 'white'}})
+    return save(fig, cfg, exp, 'lens')
+
+def plot_strip(cfg, exp, runs):
+    runs = pick(runs, attn=present(runs, 'attn')[0])
+    orders = [o for o in present(runs, 'order') if o in cfg.map_orders] or present(runs, 'order')[:2]
+    first = {(r['order'], r['stage']): r['lens'] for r in reversed(runs) if r['order'] in orders}  # the first seed's
+    arms = [k for k in itertools.product(orders, STAGES) if k in first]
+    fig, axes = canvas(cfg, exp, 'strip', len(arms), 1, 1.15, sharex=True, sharey=True)
+    top = max(np.abs(l['strip']['contribution'][l['gate']][:-1] + [1e-3]).max() for l in first.values())
+    for ax, (order, stage) in zip(axes.flat, arms):
+        strip = first[order, stage]['strip']
+        y, z = np.array(strip['contribution'][first[order, stage]['gate']]), np.array(strip['topics']) % len(TOPICS)
+        ax.bar(range(len(y)), y, width=1, color=np.array(TOPICS)[z])
+        ax.axhline(0, color=GREY, lw=.6)
+        edges = [0, *np.flatnonzero(np.diff(z)) + 1, len(z)]
+        for a, b in zip(edges, edges[1:]):
+            ax.text((a + b - 1) / 2, 1.25 * top, f'{y[a:b].sum():+.2f}', ha='center', va='center', fontsize=8)
+        inset = ax.inset_axes([0, -.1, 1, .09])
+        inset.imshow(z[None], cmap=ListedColormap(TOPICS), vmin=0, vmax=len(TOPICS) - 1, aspect='auto')
+        inset.set_axis_off()
+        ax.set(xlim=(-.5, len(z) - .5), ylim=(-1.1 * top, 1.45 * top), ylabel='nats')
+        ax.set_title(plain(f'{runs[0]["attn"]} {order}, {stage}: logit {strip["logit"]:+.2f}, own token {y[-1]:+.2f}'),
+                     color=exp['colour'][order])
+        ax.tick_params(axis='x', length=0, pad=7)
+    ax.set_xlabel('position')
+    return save(fig, cfg, exp, 'strip')
+
 def contrast_colour(exp, name):
     """Of a paired difference 'topic_c4 - shuffled': the first arm's, dark where the second is not shuffled."""
     arm, other = name.split(' - ')
@@ -694,6 +785,7 @@ def main(cfg):
     ana = lambda key, part=None: [r for r in exp['runs'] if r['ana'] and r['ana'].get(key)
                                   and (part is None or part in r['ana'][key])]
     unkept = lambda *key: [r for r in ana(*key) if r['stage'] in ('rope', 'drope')]
+    lens = [r for r in exp['runs'] if r['lens']]
     has_topics = lambda r: any(sum(row.get('topics') or []) for row in r['log'])
     recovered = [r for r in exp['recovery'] if any(s is not None for s in r['steps'])]
     recovered = recovered if any(s for r in recovered for s in r['steps']) else []         # all there at once: no news
@@ -701,8 +793,11 @@ def main(cfg):
                plot_order: [r for r in exp['runs'] if r['stage'] == 'rope' and has_topics(r)],
                plot_scores_p: ana('heads', 'score_p'), plot_scores_o: ana('heads', 'o_z'),
                plot_maps: unkept('maps'), plot_words: [r for r in ana('words') if r['stage'] == 'rope'],
-               plot_clusters: read(f'{exp["folder"]}/clusters.json'), plot_probe: ana('probe'), plot_distance: ana('probe', 'by_distance'),
-               plot_spectra: unkept('circuits'), plot_effects: exp['effects'], plot_matched: exp['matched'],
+               plot_clusters: read(f'{exp["folder"]}/clusters.json'), plot_probe: ana('probe'),
+               plot_distance: ana('probe', 'by_distance'), plot_spectra: unkept('circuits', 'qk'),
+               plot_circuits: unkept('circuits', 'alignment'), plot_lens: lens,
+               plot_strip: [r for r in lens if r['lens']['strip']],
+               plot_effects: exp['effects'], plot_matched: exp['matched'],
                plot_factors: factor_rows(exp), plot_ablation: unkept('ablation'),
                plot_forgetting: exp['forgetting'], plot_recovery: recovered,
                plot_free: unkept('heads', 'free_fit')}

@@ -31,6 +31,7 @@ import drope
 import plot
 import prepare_wiki
 import shards
+import tensor_lens
 import train
 from compare import effects, forgetting, matched, orderedness, recovery, recovery_effects, t_interval, verdict
 from configurator import SCRIPTS, block, configure
@@ -138,14 +139,19 @@ def run_arm(cfg, arm, seed):
         if not os.path.exists(os.path.join(parent, 'ckpt.pt')):
             todo = runs                                     # another parent, to the bit, on a GPU: all of it anew
             for folder, _, _ in runs:
-                for name in ('ckpt.pt', 'log.jsonl', 'analysis.json'):
+                for name in ('ckpt.pt', 'log.jsonl', 'lens.json', 'analysis.json'):
                     with contextlib.suppress(FileNotFoundError):
                         os.remove(os.path.join(folder, name))
         train.main(train_stage(cfg, arm, seed))
     for folder, c, length in todo:
         if length is not None:
             drope.recalibrate(stage(cfg, 'drope.py', run=parent, keep_rope=c['keep_rope']), length)
-        analyze.main(analysis_stage(cfg, folder, length))
+        analysis = analysis_stage(cfg, folder, length)
+        if not analysis.light:
+            # before analysis.json, which alone says that a run is done: one that was analysed or published without
+            # lens.json is not made again, and tensor_lens.py --run=FOLDER adds it where the checkpoint still is
+            tensor_lens.main(stage(cfg, 'tensor_lens.py', run=folder))
+        analyze.main(analysis)
     if cfg.publish:
         for folder, _, _ in runs:
             publish_run(cfg, folder)
@@ -362,13 +368,18 @@ def write_report(cfg, summary, runs, figures):
     shards.write_text(os.path.join(cfg.out_dir, 'summary.md'), '\n'.join(lines) + '\n')
 
 def publish_file(cfg, source, copy):
-    """Copy one JSON, Markdown or PNG file, atomic; curves thinned, maps and spectra of seed 0 alone: a few MB."""
+    """Copy one JSON, Markdown or PNG file, atomic; curves thinned, maps, spectra, strips of seed 0 alone: a few MB."""
     os.makedirs(os.path.dirname(copy), exist_ok=True)
     if source.endswith('log.jsonl'):
         lines = open(source).read().splitlines()
         step = max(1, len(lines) // 60)                     # a curve published before stays as it is
         kept = [line for i, line in enumerate(lines) if i % step == 0 or '"val_loss": null' not in line]
         shards.write_text(copy, '\n'.join(kept) + '\n')
+    elif source.endswith('lens.json'):
+        lens = json.load(open(source))
+        if lens['seed'] != 0 or cfg.data_script == 'prepare_wiki.py':       # nor running text, not even as numbers
+            lens['strip'] = None
+        shards.write_text(copy, json.dumps(lens, allow_nan=False) + '\n')
     elif source.endswith('analysis.json'):
         a = json.load(open(source))
         if a['seed'] != 0:
@@ -387,8 +398,9 @@ def publish_run(cfg, folder):
     """A run of a finished arm, at once: whatever stops the experiment, another machine will know that it is done."""
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(published(cfg, folder), 'analysis.json'))
-    for name in ('config.json', 'log.jsonl', 'analysis.json'):          # the last says that it is all there
-        publish_file(cfg, os.path.join(folder, name), os.path.join(published(cfg, folder), name))
+    for name in ('config.json', 'log.jsonl', 'lens.json', 'analysis.json'):     # the last says that it is all there
+        if name != 'lens.json' or os.path.exists(os.path.join(folder, name)):   # light runs and old ones have none
+            publish_file(cfg, os.path.join(folder, name), os.path.join(published(cfg, folder), name))
 
 def publish_results(cfg):
     """Copy all JSON and figures to results/<experiment>/, in place of what was there."""
@@ -426,6 +438,7 @@ def main(cfg):
     train.check(cfg)
     drope.check(cfg)
     analyze.check(cfg)
+    tensor_lens.check(cfg)
     plan = list(dict.fromkeys(itertools.product(cfg.arms, cfg.seeds)))
     if cfg.data_script == 'prepare_wiki.py' and not cfg.dry_run:
         make_data(cfg, plan)                                # its bytes are part of what a run is

@@ -619,6 +619,44 @@ def test_spectra_equal_dense_svd(H, K, d, n):
         dense = W_O[:, h * d:(h + 1) * d] @ W_V[k0:k0 + d] @ torch.diag(g1)
         assert torch.allclose(s[h], torch.linalg.svdvals(dense)[:top], rtol=1e-9)
 
+def test_singular_vectors_and_alignment():
+    """U S V' is the dense matrix of each head; vectors inside a basis align fully, others as chance has it."""
+    g = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    H, K, d, n = 6, 2, 8, 40
+    W_Q, W_K, W_V, W_O = randn(H * d, n), randn(K * d, n), randn(K * d, n), randn(n, H * d)
+    g1, gq, gk = randn(n), randn(d), randn(d)
+    for h, (U, S, V) in enumerate(zip(*M.ov_svd(W_O, W_V, g1, d))):
+        k0 = h // (H // K) * d
+        assert torch.allclose(U * S @ V.mT, W_O[:, h * d:(h + 1) * d] @ W_V[k0:k0 + d] @ torch.diag(g1))
+    for h, (U, S, V) in enumerate(zip(*M.qk_svd(W_Q, W_K, g1, gq, gk, 16, 100.))):         # queries by keys
+        Q, K_ = (torch.diag(w) @ W[i * d:(i + 1) * d] @ torch.diag(g1)
+                 for W, w, i in ((W_Q, gq, h), (W_K, gk, h // (H // K))))
+        assert torch.allclose(U * S @ V.mT, Q.mT @ M.rotation(-16, d, 100.) @ K_)
+        assert (S.diff() <= 0).all() and torch.allclose(V.mT @ V, torch.eye(d, dtype=V.dtype), atol=1e-12)
+    vectors, turned = torch.linalg.qr(randn(200, 64, 8))[0], randn(3, 3)
+    basis = torch.linalg.qr(vectors[5, :, :3] @ turned)[0]       # the first 3 directions of head 5, in another basis
+    found = M.alignment(vectors, basis)
+    assert found[5].item() == pytest.approx(1) and abs(found[torch.arange(200) != 5].mean().item() - 3 / 64) < 0.005
+    assert M.alignment(vectors, torch.cat([basis, vectors[5, :, 3:4]], 1))[5].item() == pytest.approx(1)
+    assert M.alignment(vectors, basis[:, :0]).isnan().all()
+
+def test_probe_directions():
+    """The K - 1 directions in which class means differ, whatever the scale of the activations; none for one class."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(3, (6000,), generator=g)
+    x = torch.randn(6000, 20, generator=g)                       # topics differ in entries 4 and 9 alone
+    x[:, 4] += 3 * (y == 1)
+    x[:, 9] += 3 * (y == 2)
+    for scale in (torch.ones(20), torch.full((20,), 50.)):
+        basis = M.probe_directions(M.fit_probe(x * scale, y))
+        assert basis.shape == (20, 2) and torch.allclose(basis.mT @ basis, torch.eye(2, dtype=basis.dtype))
+        assert basis[[4, 9]].square().sum() > 2 * 0.98
+    wide = torch.ones(20)
+    wide[4] = 100                                                # what is read of a wide entry is a small weight
+    assert M.probe_directions(M.fit_probe(x * wide, y))[4].abs().max() < 0.5
+    assert M.probe_directions(M.fit_probe(x, 0 * y)).shape == (20, 0)
+
 def test_effective_rank():
     s = torch.tensor([[1., 0, 0, 0], [2, 2, 2, 2], [1, 1, 0, 0]])
     assert torch.allclose(M.effective_rank(s), torch.tensor([1., 4, 2]))

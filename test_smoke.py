@@ -24,7 +24,7 @@ train_rows, val_rows = 60, 40
 n_layer, n_embd, n_head, head_dim, mlp_hidden = 2, 16, 2, 8, 24
 batch_size, max_iters, eval_interval = 4, 12, 6
 recal_iters = (0.5, 2)
-null_draws, analysis_rows = 20, 24
+null_draws, analysis_rows, lens_rows = 20, 24, 16
 """
 
 @pytest.fixture(scope='module')
@@ -55,7 +55,10 @@ def test_experiment(workspace):
     assert all(len(r['probe']) == 3 and 0 < r['within'] < 1 and r['entropy'] > 0 for r in summary['runs'])
     analysis = load(here, 'out/tiny/gqa_topic_ordered_drope/seed1/analysis.json')
     assert analysis['causal'] and analysis['recal_steps'] == 6 and len(analysis['heads']['score_p'][1]) == 2
-    for name in ('loss', 'scores_p', 'maps', 'probe', 'distance'):
+    lens = load(here, 'out/tiny/gqa_topic_ordered_drope/seed1/lens.json')
+    assert lens['settings']['lens_rows'] == 16 and len(lens['within']['silu']['projection']['chance']) == 5
+    assert load(here, 'results/tiny/gqa_topic_ordered_drope/seed1/lens.json')['within'] == lens['within']
+    for name in ('loss', 'scores_p', 'maps', 'probe', 'distance', 'lens', 'strip', 'circuits'):
         assert os.path.getsize(f'{here}/out/tiny/figures/{name}.png') > 5000
     report = open(f'{here}/out/tiny/summary.md').read()
     assert 'mha_shuffled_rope' in report and 'figures/loss.png' in report and 'mha_shuffled_rope' in printed
@@ -65,6 +68,7 @@ def test_experiment_goes_on_where_it_stopped(workspace):
     before = load(here, 'out/tiny/summary.json')['runs']
     os.remove(f'{here}/out/tiny/mha_shuffled_rope/seed0/ckpt.pt')              # done all the same: its JSON is there
     shutil.rmtree(f'{here}/out/tiny/gqa_topic_ordered_kept')                   # done all the same: it is published
+    os.remove(f'{here}/out/tiny/mha_shuffled_kept/seed1/lens.json')            # done all the same: older runs have none
     plan = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--dry_run=True', cwd=here)
     assert plan.returncode == 0 and 'to do' not in plan.stdout.split('\n', 1)[1] and '20 runs' in plan.stdout
     again = run('run_experiment.py', 'tiny.py', '--seeds=0,1', cwd=here)

@@ -12,4 +12,5 @@ eval_interval = 100
 adam_lr = 3e-3
 recal_iters = 0.2
 null_draws = 50
+lens_rows, lens_draws = 40, 3
 jobs = 2                    # two arms at a time, a core each
