@@ -148,9 +148,9 @@ def reading(model, folder, tokens, topics, score, row, batches):
     What the most topical heads read, where the dataset has a tokenizer; (None, None) where it has none.
 
     Ranked by score [L, H]. words: one row of tokens, its topics and the attention that its last token pays to each, for
-    the most and the least topical head. attends: for the three most topical heads, over the rows of `batches`, the kinds
-    of token that get the most attention over their share under uniform attention, pairs as in P (16 apart and more, not
-    the first token), and the share of the query's topic in that attention (`same`) beside the uniform one.
+    the most and the least topical head. attends: for the three most topical heads, over the rows of `batches`, the
+    kinds of token that get the most attention over their share under uniform attention, pairs as in P (16 apart and
+    more, not the first token), and the share of the query's topic in that attention (`same`) beside the uniform one.
     """
     path = os.path.join(folder, 'tokenizer.json')
     if not os.path.exists(path):
@@ -285,7 +285,8 @@ def analyse(cfg):
         ranked = np.nan_to_num(p_half).ravel().argsort()
         maps = [pattern_map(patterns[i // H][i % H], z[row].cpu(), which, i // H, i % H, tidy(float(p_half.flat[i])))
                 for which, i in (('most topical', int(ranked[-1])), ('least topical', int(ranked[0])))]
-        words, attends = reading(model, data.folder, tokens, z, p_half, row, [b for b in batches if b.start >= half][:8])
+        others = [b for b in batches if b.start >= half][:8]
+        words, attends = reading(model, data.folder, tokens, z, p_half, row, others)
         whole = (torch.from_numpy(x[:n_rows].astype(np.int64)).to(device) for x in (data.val, data.val_topics))
         ablation_of = ablation(model, *whole, p_half, entropy_half, cfg.ablation_draws, c['seed'])
 

@@ -46,10 +46,10 @@ CAPTIONS = {
              '(left) and keys (below). L2H1: layer 2, head 1, from 0; P on the rows that chose it.'),
     'probe': ('Topic in the residual stream', 'Linear probe. Token: the token alone; running mean: of embeddings; '
               'untrained: at init; Bayes filter: ceiling; bag: of the tokens so far.'),
-    'words': ('What two heads read', 'Attention of the last token of a validation row (first seed, RoPE) to every token '
-              'before it; darker: more. Bars under the words: topics.'),
-    'clusters': ('The topics', 'Embeddings of a sample of articles in two dimensions (t-SNE, which keeps neighbours, not '
-                 'distances); a colour is a topic of K-means.'),
+    'words': ('What two heads read', 'Attention of the last token of a validation row (first seed, RoPE) to every '
+              'token before it; darker: more. Bars under the words: topics.'),
+    'clusters': ('The topics', 'Embeddings of a sample of articles in two dimensions (t-SNE, which keeps neighbours, '
+                 'not distances); a colour is a topic of K-means.'),
     'distance': ('How soon the topic is known', 'Linear probe after the last layer. The Bayes filter, best overall, '
                  'still expects the old topic right after a boundary.'),
     'spectra': ('Singular values over the largest', 'Mean over heads. Solid: RoPE, dotted: DroPE.'),
@@ -65,7 +65,8 @@ CAPTIONS = {
              'where another topic came before. Chance: labels of other rows. Other tokens: without the position\'s '
              'own. Faint: seeds.'),
     'strip': ('One logit, token by token', 'Signed contributions to the logit of the correct next token (above the '
-              'mean logit) along a validation row, first seed. Colours: topics. Numbers: sums of runs. The position\'s own '
+              'mean logit) along a validation row, first seed. Colours: topics. Numbers: sums of runs. The '
+              'position\'s own '
               'token is cut off.'),
     'ablation': ('Ablating heads', 'Loss far from a boundary minus near it, over that of the whole model. Above 0: the '
                  'heads carried what is known of the topic. Faint: seeds, topical heads.'),
@@ -373,7 +374,8 @@ def plot_words(cfg, exp, runs):
     for ax, h in zip(axes.flat, words['heads']):
         top = np.sort(h['weights'][1:])[-8]                                     # a few may be darker than the scale
         for (r, c), t, w, z in zip(at, text, h['weights'], words['topics']):
-            ax.add_patch(plt.Rectangle((c, r - .45), len(t), .78, lw=0, color='#D55E00', alpha=min(1, w / top) ** .7 * .85))
+            ax.add_patch(plt.Rectangle((c, r - .45), len(t), .78, lw=0, color='#D55E00',
+                                       alpha=min(1, w / top) ** .7 * .85))
             ax.add_patch(plt.Rectangle((c, r + .33), len(t), .13, lw=0, color=TOPICS[z % len(TOPICS)]))
             ax.text(c, r, t, family='monospace', size=size, va='center', color='#222222')
         p = 'undefined' if h['score_p'] is None else f'{h["score_p"]:.3f}'

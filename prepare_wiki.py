@@ -70,7 +70,7 @@ def check(cfg):
         *((getattr(cfg, key) < 1, f'{key}={getattr(cfg, key)}: must be at least 1') for key in counts),
         (cfg.seed < 0 or cfg.min_chars < 0, 'seed and min_chars must not be negative'),
         (not 2 <= cfg.n_topics <= 255, f'n_topics={cfg.n_topics}: choose 2 to 255, labels are uint8'),
-        (not 257 <= cfg.vocab_size <= 65535, f'vocab_size={cfg.vocab_size}: choose 257 (the bytes and a merge) to 65535'),
+        (not 257 <= cfg.vocab_size <= 65535, f'vocab_size={cfg.vocab_size}: choose 257 (bytes, a merge) to 65535'),
         (not 0 < cfg.val_share < 1, f'val_share={cfg.val_share}: choose between 0 and 1'),
         (cfg.min_segments > cfg.max_segments, f'min_segments={cfg.min_segments} is more than {cfg.max_segments}'),
         (most * cfg.min_segment_len > row, f'{most} segments of min_segment_len={cfg.min_segment_len} do not fit in '
@@ -268,8 +268,8 @@ def embed(cfg, source_folder, folder, n):
         model = SentenceTransformer(cfg.embedder, device=cfg.device or None)
     except Exception as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        raise SystemExit(f'embedder {cfg.embedder!r} cannot be loaded ({reason}); name a sentence-transformers model or '
-                         'a local folder of one, check the network, or choose --embedder=lsa') from None
+        raise SystemExit(f'embedder {cfg.embedder!r} cannot be loaded ({reason}); name a sentence-transformers model '
+                         'or a local folder of one, check the network, or choose --embedder=lsa') from None
     model.max_seq_length = min(cfg.embed_tokens, model.max_seq_length or cfg.embed_tokens)
     gpus = torch.cuda.device_count() if not cfg.device else 0
     pool = model.start_multi_process_pool([f'cuda:{i}' for i in range(gpus)]) if gpus > 1 else None
@@ -330,7 +330,8 @@ def cluster(cfg, source_folder, embed_folder, folder, n):
             for k in range(cfg.n_topics)]
     share = float(sizes.max() / n)
     sample = np.sort(np.random.default_rng([cfg.seed, 2]).permutation(n)[:2_000])
-    picture = TSNE(init='pca', random_state=cfg.seed, perplexity=min(30, (len(sample) - 1) / 3)).fit_transform(x[sample])
+    tsne = TSNE(init='pca', random_state=cfg.seed, perplexity=min(30, (len(sample) - 1) / 3))
+    picture = tsne.fit_transform(x[sample])
     shards.write_json(os.path.join(folder, 'clusters.json'), {
         'embedder': parameters(cfg)['embedder'], 'articles': n, 'sizes': sizes.tolist(), 'words': words, 'ami': ami,
         'nearest': [[titles[i] for i in which] for which in near], 'largest_share': share,
@@ -404,10 +405,10 @@ def pack(rng, lengths, labels, width, low, high, least, desc=''):
     """
     Cut articles into rows of `width` tokens: int64 [pieces, 4] of (row, article, start, length), by row.
 
-    lengths, labels: tokens and topic of each article [n]. A row has U{low..high} pieces, neighbours of different topics,
-    each of one article, no article twice, at least `least` tokens each; a token is used at most once. An article is
-    cut from its beginning on, and never so that an end shorter than `least` is left if it can be helped. With
-    low = high = 1 a row holds one topic: as many pieces as it takes, so that short articles are used too.
+    lengths, labels: tokens and topic of each article [n]. A row has U{low..high} pieces, neighbours of different
+    topics, each of one article, no article twice, at least `least` tokens each; a token is used at most once. An
+    article is cut from its beginning on, and never so that an end shorter than `least` is left if it can be helped.
+    With low = high = 1 a row holds one topic: as many pieces as it takes, so that short articles are used too.
     """
     rest, at, pieces = lengths.astype(np.int64).copy(), np.zeros(len(lengths), np.int64), []
     K = int(labels.max()) + 1
@@ -487,7 +488,8 @@ def pack(rng, lengths, labels, width, low, high, least, desc=''):
 
 def rows_of(pieces, tokens, starts, labels, width, rng):
     """Tokens uint16 and topics uint8 [rows, width] of what `pack` cut, rows shuffled. starts: of each article."""
-    order = np.concatenate([np.arange(s, s + size) for s, size in zip(starts[pieces[:, 1]] + pieces[:, 2], pieces[:, 3])])
+    first = starts[pieces[:, 1]] + pieces[:, 2]
+    order = np.concatenate([np.arange(s, s + size) for s, size in zip(first, pieces[:, 3])])
     topics = np.repeat(labels[pieces[:, 1]], pieces[:, 3]).reshape(-1, width)
     shuffle = rng.permutation(len(topics))
     return tokens[order].reshape(-1, width)[shuffle], topics[shuffle]
@@ -506,8 +508,8 @@ def main(cfg):
         os.makedirs(cfg.work_dir, exist_ok=True)
         return prepare(cfg, meta)
     except OSError as e:
-        raise SystemExit(f'{e.filename or cfg.work_dir}: {e.strerror or e}; make room or choose another --work_dir; the '
-                         'same command goes on') from None
+        raise SystemExit(f'{e.filename or cfg.work_dir}: {e.strerror or e}; make room or choose another --work_dir; '
+                         'the same command goes on') from None
     except KeyboardInterrupt:
         raise SystemExit(f'{cfg.work_dir}: stopped; the same command goes on') from None
 
@@ -551,8 +553,9 @@ def prepare(cfg, meta):
         pieces[:, 1] = mine[pieces[:, 1]]
         arrays[name], arrays[f'{name}_topics'] = rows_of(pieces, tokens, starts, labels, width, rng)
         total = int(lengths[mine].sum())
-        used[name] = {'articles': len(mine), 'tokens': total, 'used': arrays[name].size, 'unused': total - arrays[name].size}
-        print(f'{name:10}{len(arrays[name]):,} rows, {arrays[name].size / total:.1%} of {total:,} tokens')
+        size = arrays[name].size
+        used[name] = {'articles': len(mine), 'tokens': total, 'used': size, 'unused': total - size}
+        print(f'{name:10}{len(arrays[name]):,} rows, {size / total:.1%} of {total:,} tokens')
     ids, sizes = zip(*((a['id'], len(a['text'].encode())) for a in articles(source_folder)))
     meta['corpus'] = {'articles': n, 'counts': facts['counts'], 'tokens': used,
                       'topics': {k: clusters[k] for k in ('sizes', 'largest_share', 'ami')},

@@ -319,7 +319,7 @@ def recovery_table(summary):
 
 def attends_table(cfg, runs):
     """What the most topical heads of the first seed read, where the data are words, as Markdown lines."""
-    lines = ['| Run | Head | P | Query\'s topic among what it reads (uniform) | Tokens it reads most, times uniform attention |',
+    lines = ['| Run | Head | P | Query\'s topic in what it reads (uniform) | Tokens read most, times uniform |',
              '|---' * 5 + '|']
     for folder, c, length in runs:
         a = json.load(open(os.path.join(folder, 'analysis.json')))
@@ -362,8 +362,8 @@ def write_report(cfg, summary, runs, figures):
                  recovery_effects_table(summary)),
         *section('Realised order', 'How much the step tells of a row\'s topic: 0 nothing (shuffled rows: what chance '
                  'leaves), 1 everything.', order_table(summary)),
-        *section('What the most topical heads read', 'Keys 16 tokens away and more, rows that did not choose the heads; '
-                 'first seed, main recalibration.', attends_table(cfg, runs)), '## Figures', '',
+        *section('What the most topical heads read', 'Keys 16 tokens away and more, rows that did not choose the '
+                 'heads; first seed, main recalibration.', attends_table(cfg, runs)), '## Figures', '',
         *(f'![{os.path.basename(f)}]({os.path.relpath(f, cfg.out_dir)})\n' for f in figures)]
     shards.write_text(os.path.join(cfg.out_dir, 'summary.md'), '\n'.join(lines) + '\n')
 

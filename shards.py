@@ -103,7 +103,8 @@ def read_meta(folder):
         with open(path) as f:
             meta = json.load(f)
     except (FileNotFoundError, NotADirectoryError):
-        raise SystemExit(f'{folder}: no dataset here; make it with: python data_synth.py (or prepare_wiki.py) config/X.py') from None
+        raise SystemExit(f'{folder}: no dataset here; make it with: python data_synth.py config/X.py (or '
+                         'prepare_wiki.py)') from None
     except (OSError, ValueError) as error:
         raise SystemExit(f'{path}: cannot be read as JSON ({error}); delete the folder and make it again') from None
     for key in ('vocab_size', 'block_size', 'n_topics'):

@@ -54,8 +54,8 @@ def export(home, *args):
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
     """
-    A folder with datasets in data, runs in out/demo, and their exports out/<arm>_<kind>, all made by the real stages. Before the export every weight of the checkpoints, norm gains
-    too, is drawn at random and large enough to matter.
+    A folder with datasets in data, runs in out/demo, and their exports out/<arm>_<kind>, all made by the real stages.
+    Before the export every weight of the checkpoints, norm gains too, is drawn at random and large enough to matter.
     """
     home = tmp_path_factory.mktemp('home')
     for arm, tokens in SPECIAL.items():

@@ -88,7 +88,8 @@ def test_pack(low, high):
 
 def test_pack_gives_up():
     """One topic alone cannot be mixed; nothing hangs and nothing is invented."""
-    assert len(prepare_wiki.pack(np.random.default_rng(0), np.full(20, 300), np.zeros(20, np.uint8), 257, 2, 4, 24)) == 0
+    one_topic = np.zeros(20, np.uint8)
+    assert len(prepare_wiki.pack(np.random.default_rng(0), np.full(20, 300), one_topic, 257, 2, 4, 24)) == 0
 
 def test_weights():
     """Draws without repeats visit topics in proportion to their tokens: the stationary law of the chain itself."""
@@ -146,7 +147,8 @@ def test_duplicates(tmp_path, capsys):
     write_articles(tmp_path / 'a.jsonl')
     lines = open(tmp_path / 'a.jsonl').read().splitlines()
     first = json.loads(lines[0])
-    extra = [first | {'id': 'twin', 'text': first['text'].upper()}, first | {'id': 'near', 'text': first['text'] + ' x'},
+    extra = [first | {'id': 'twin', 'text': first['text'].upper()},
+             first | {'id': 'near', 'text': first['text'] + ' x'},
              first | {'id': 'stub', 'text': 'short'}, first | {'id': 'none', 'text': None}]
     open(tmp_path / 'articles.jsonl', 'w').write('\n'.join([*lines, *map(json.dumps, extra)]) + '\n')
     prepare_wiki.main(config(tmp_path))
@@ -161,7 +163,8 @@ def test_distinctive():
 # done, stopped, killed
 
 def same(a, b):
-    names = ('train.bin', 'train_topics.bin', 'val.bin', 'val_topics.bin', 'tokenizer.json', 'clusters.json', 'meta.json')
+    names = ('train.bin', 'train_topics.bin', 'val.bin', 'val_topics.bin', 'meta.json', 'tokenizer.json',
+             'clusters.json')
     return all(open(f'{a}/data/{n}', 'rb').read() == open(f'{b}/data/{n}', 'rb').read() for n in names)
 
 def test_skips(made, capsys):
@@ -200,7 +203,7 @@ def test_stopped_anywhere(made, tmp_path, monkeypatch):
     assert stops >= 8 and same(made[0], tmp_path)
 
 def test_stopped_embedding(tmp_path, monkeypatch):
-    """A model that is stopped in its second file begins there again, and the vectors are those of an undisturbed run."""
+    """A model that is stopped in its second file begins there again, and its vectors are the undisturbed ones."""
     class Model:
         """Counts letters; stands in for SentenceTransformer."""
         max_seq_length, seen, stop_after = 256, 0, 90
@@ -216,7 +219,8 @@ def test_stopped_embedding(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_wiki, 'CHUNK', 40)
     write_articles(tmp_path / 'articles.jsonl')
     vectors = lambda work: [np.load(f) for f in prepare_wiki.chunks(glob.glob(f'{tmp_path}/{work}/embed-*')[0], '.npy')]
-    prepare_wiki.main(config(tmp_path, '--embedder=letters', f'--work_dir={tmp_path}/whole', f'--data_dir={tmp_path}/x'))
+    whole = (f'--work_dir={tmp_path}/whole', f'--data_dir={tmp_path}/x')
+    prepare_wiki.main(config(tmp_path, '--embedder=letters', *whole))
     Model.seen, Model.stop_after = 0, 60
     with pytest.raises(SystemExit, match='the same command goes on'):
         prepare_wiki.main(config(tmp_path, '--embedder=letters'))
@@ -267,7 +271,8 @@ def test_no_network(tmp_path):
                           env={**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path)})
     assert done.returncode == 1 and not os.path.exists(tmp_path / 'data')
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith('wikimedia/wikipedia (20231101.en): cannot be read from the hub') and 'Traceback' not in done.stderr
+    assert last.startswith('wikimedia/wikipedia (20231101.en): cannot be read from the hub')
+    assert 'Traceback' not in done.stderr
 
 # -----------------------------------------------------------------------------
 # the experiment
