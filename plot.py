@@ -65,9 +65,8 @@ CAPTIONS = {
              'where another topic came before. Chance: labels of other rows. Other tokens: without the position\'s '
              'own. Faint: seeds.'),
     'strip': ('One logit, token by token', 'Signed contributions to the logit of the correct next token (above the '
-              'mean logit) along a validation row, first seed. Colours: topics. Numbers: sums of runs. The '
-              'position\'s own '
-              'token is cut off.'),
+              'mean logit) along a validation row, first seed. Colours: topics. Numbers: sums of runs. The position\'s '
+              'own token is cut off.'),
     'ablation': ('Ablating heads', 'Loss far from a boundary minus near it, over that of the whole model. Above 0: the '
                  'heads carried what is known of the topic. Faint: seeds, topical heads.'),
     'forgetting': ('Forgetting between visits', 'Validation loss of a topic minus its loss in the shuffled arm at the '

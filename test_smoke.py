@@ -3,6 +3,7 @@ import glob
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import shards
 from configurator import SCRIPTS, block, configure
 from compare import (base, effects, forgetting, matched, max_t, orderedness, recovery, recovery_effects, sign_flip_p,
                      smallest_effect, t_interval, verdict)
+from run_experiment import publish_run
 from test_train import HERE, TINY, dataset, run                      # noqa: F401 (dataset is a fixture)
 
 EXPERIMENT = """
@@ -80,6 +82,18 @@ def test_experiment_goes_on_where_it_stopped(workspace):
     assert again.returncode == 0, again.stderr
     untimed = lambda runs: [{k: v for k, v in r.items() if k != 'seconds'} for r in runs]
     assert untimed(load(here, 'out/tiny/summary.json')['runs']) == untimed(before)     # the same seed, the same run
+
+def test_a_run_is_published_with_its_lens_or_without(workspace, monkeypatch, tmp_path):
+    folder, cfg = 'out/tiny/gqa_topic_ordered_rope/seed1', SimpleNamespace(out_dir='out/tiny')
+    shutil.copytree(f'{workspace[0]}/{folder}', tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    publish_run(cfg, folder)
+    lens, copy = load(folder, 'lens.json'), load(folder.replace('out', 'results'), 'lens.json')
+    assert copy == lens | {'strip': None} and lens['strip']['tokens']          # strips of seed 0 alone are kept
+    os.remove(f'{folder}/lens.json')                                           # as after a light analysis
+    shutil.rmtree('results')
+    publish_run(cfg, folder)
+    assert sorted(os.listdir(folder.replace('out', 'results'))) == ['analysis.json', 'config.json', 'log.jsonl']
 
 def test_two_experiments_side_by_side(workspace):
     here, _ = workspace
