@@ -285,7 +285,7 @@ def analyse(cfg):
         ranked = np.nan_to_num(p_half).ravel().argsort()
         maps = [pattern_map(patterns[i // H][i % H], z[row].cpu(), which, i // H, i % H, tidy(float(p_half.flat[i])))
                 for which, i in (('most topical', int(ranked[-1])), ('least topical', int(ranked[0])))]
-        others = [b for b in batches if b.start >= half][:8]
+        others = [b for b in batches if b.start >= half]
         words, attends = reading(model, data.folder, tokens, z, p_half, row, others)
         whole = (torch.from_numpy(x[:n_rows].astype(np.int64)).to(device) for x in (data.val, data.val_topics))
         ablation_of = ablation(model, *whole, p_half, entropy_half, cfg.ablation_draws, c['seed'])

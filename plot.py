@@ -371,12 +371,12 @@ def plot_words(cfg, exp, runs):
         col += len(t)
     fig, axes = canvas(cfg, exp, 'words', len(words['heads']), 1, .155 * (row + 1) + .35)
     for ax, h in zip(axes.flat, words['heads']):
-        top = np.sort(h['weights'][1:])[-8]                                     # a few may be darker than the scale
+        top = max(np.sort(h['weights'][1:])[-8:][0], 1e-9)                      # a few may be darker than the scale
         for (r, c), t, w, z in zip(at, text, h['weights'], words['topics']):
             ax.add_patch(plt.Rectangle((c, r - .45), len(t), .78, lw=0, color='#D55E00',
                                        alpha=min(1, w / top) ** .7 * .85))
             ax.add_patch(plt.Rectangle((c, r + .33), len(t), .13, lw=0, color=TOPICS[z % len(TOPICS)]))
-            ax.text(c, r, t, family='monospace', size=size, va='center', color='#222222')
+            ax.text(c, r, t, family='monospace', size=size, va='center', color='#222222', parse_math=False)
         p = 'undefined' if h['score_p'] is None else f'{h["score_p"]:.3f}'
         ax.set(xlim=(0, wide), ylim=(row + .6, -.6), title=f'{h["which"]}: L{h["layer"]}H{h["head"]}, P = {p}')
         ax.axis('off')

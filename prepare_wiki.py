@@ -52,15 +52,35 @@ work_dir = 'data/wiki_work'         # what the phases leave for each other; may 
 VAL_SEGMENTS = (2, 4)       # not a knob: validation rows are cut alike in every dataset
 CHUNK = 2_000               # articles in a file of the work folder: what a stopped phase loses
 LSA_CHARS, LSA_DIM = 4_000, 128
-TAIL = re.compile(r'^\W*(see also|references|external links|further reading|notes|bibliography)\W*$', re.I | re.M)
+TAIL = re.compile(r'^[^\w\n]*(see also|references|external links|further reading|notes|bibliography)[^\w\n]*$',
+                  re.I | re.M)
 
 def parameters(cfg):
-    """What a dataset is built from, as meta.json keeps it: another value is another dataset. Folders by their name."""
+    """What a dataset is built from, as meta.json keeps it: another value is another dataset. Files and folders by their
+    name and a fingerprint, which is left out where they are not here: a dataset may be used elsewhere."""
     keys = ('source', 'subset', 'max_articles', 'min_chars', 'embedder', 'embed_tokens', 'n_topics', 'vocab_size',
             'block_size', 'val_share', 'min_segments', 'max_segments', 'min_segment_len', 'seed')
-    short = {key: os.path.basename(os.path.normpath(getattr(cfg, key))) for key in ('source', 'embedder')
-             if os.path.sep in getattr(cfg, key) and not hub(cfg)}
-    return {'kind': 'wiki', **{key: getattr(cfg, key) for key in keys}, **short}
+    meta = {'kind': 'wiki', **{key: getattr(cfg, key) for key in keys}}
+    if not hub(cfg):
+        meta['source'] = os.path.basename(os.path.normpath(cfg.source))
+    if os.path.isdir(cfg.embedder):
+        meta['embedder'] = os.path.basename(os.path.normpath(cfg.embedder))
+    for key, files in (('source_digest', [] if hub(cfg) else files_of(cfg)), ('embedder_digest', sorted(
+            f for f in glob.glob(os.path.join(glob.escape(cfg.embedder), '**'), recursive=True) if os.path.isfile(f)))):
+        if files:
+            meta[key] = fingerprint(files)
+    return meta
+
+def fingerprint(files):
+    """A digest of the names and sizes of files, and of the first and the last MiB of each."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, 'rb') as f:
+            size = os.path.getsize(path)
+            digest.update(f'{os.path.basename(path)} {size} '.encode() + f.read(1 << 20))
+            f.seek(max(0, size - (1 << 20)))
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
 
 def check(cfg):
     """Stops with one line at the first setting that cannot work."""
@@ -69,12 +89,13 @@ def check(cfg):
     for wrong, line in (
         *((getattr(cfg, key) < 1, f'{key}={getattr(cfg, key)}: must be at least 1') for key in counts),
         (cfg.seed < 0 or cfg.min_chars < 0, 'seed and min_chars must not be negative'),
+        (not cfg.embedder, 'embedder is empty; a sentence-transformers model, a folder of one, or lsa'),
         (not 2 <= cfg.n_topics <= 255, f'n_topics={cfg.n_topics}: choose 2 to 255, labels are uint8'),
         (not 257 <= cfg.vocab_size <= 65535, f'vocab_size={cfg.vocab_size}: choose 257 (bytes, a merge) to 65535'),
         (not 0 < cfg.val_share < 1, f'val_share={cfg.val_share}: choose between 0 and 1'),
         (cfg.min_segments > cfg.max_segments, f'min_segments={cfg.min_segments} is more than {cfg.max_segments}'),
         (most * cfg.min_segment_len > row, f'{most} segments of min_segment_len={cfg.min_segment_len} do not fit in '
-         f'{row} tokens; lower min_segment_len'),
+         f'{row} tokens (validation rows have up to {VAL_SEGMENTS[1]}); lower min_segment_len'),
     ):
         if wrong:
             raise SystemExit(f'prepare_wiki.py: {line}')
@@ -102,9 +123,12 @@ def finish(name, folder, clock, count, unit, **facts):
 
 def save(path, write):
     """A file, all or nothing: write(path of a temporary) and rename."""
-    temporary = f'{path}.tmp{os.path.splitext(path)[1]}'
+    temporary = f'{path}.{os.getpid()}.tmp{os.path.splitext(path)[1]}'
     write(temporary)
     os.replace(temporary, path)
+
+def damaged(folder):
+    return SystemExit(f'{folder}: is not whole, though it was done; delete that folder, and the same command goes on')
 
 def chunks(folder, suffix):
     """The numbered files of a phase, in order."""
@@ -126,13 +150,10 @@ def hub(cfg):
         and not cfg.source.endswith(('.parquet', '.jsonl'))
 
 def files_of(cfg):
-    """The files of a local source, sorted."""
+    """The files of a local source, sorted; [] where there are none."""
     at = os.path.join(cfg.source, '**', '*') if os.path.isdir(cfg.source) else cfg.source
-    files = sorted(f for f in glob.glob(at, recursive=True) if f.endswith(('.parquet', '.jsonl')))
-    if not files:
-        raise SystemExit(f'{cfg.source}: no .parquet or .jsonl file there; --source= is a file, a folder, a glob or a '
-                         'hub dataset such as wikimedia/wikipedia')
-    return files
+    found = glob.glob(at, recursive=True)
+    return sorted(f for f in found if f.endswith(('.parquet', '.jsonl')) and os.path.isfile(f))
 
 def records(cfg, skip):
     """The rows of the source from number `skip` on: dicts with id, title and text."""
@@ -140,11 +161,15 @@ def records(cfg, skip):
         try:
             import datasets                                 # only here: nothing else needs it
             stream = datasets.load_dataset(cfg.source, cfg.subset, split='train', streaming=True)
-            yield from stream.skip(skip)
+            missing = {'id', 'title', 'text'} - set(stream.column_names or next(iter(stream)))
+            yield from stream.skip(skip) if not missing else ()
         except Exception as e:
             reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
             raise SystemExit(f'{cfg.source} ({cfg.subset}): cannot be read from the hub ({reason}); check the name and '
                              'the network, or give local files with --source=; the same command goes on') from None
+        if missing:
+            raise SystemExit(f'{cfg.source} ({cfg.subset}): no column {", ".join(sorted(missing))}; id, title and text '
+                             'are needed')
         return
     def rows(path):
         if path.endswith('.parquet'):
@@ -159,6 +184,8 @@ def records(cfg, skip):
         else:
             with open(path, encoding='utf-8') as f:
                 for number, line in enumerate(f, 1):
+                    if not line.strip():
+                        continue
                     try:
                         record = json.loads(line)
                     except ValueError:
@@ -186,7 +213,8 @@ def clean(text):
     return re.sub(r'\n\s*\n+', '\n\n', re.sub(r'[^\S\n]+', ' ', text)).strip()
 
 def hashes(text, opening=200):
-    """(exact, near): 64-bit hashes of all letters and digits, in lower case, and of the first ones."""
+    """(exact, near): 64-bit hashes of all letters and digits, in lower case, and of the first ones. Articles that
+    differ in a name of their opening are not near: that would take more than hashes."""
     plain = re.sub(r'\W+', '', text.casefold())
     return [int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest()) for part in (plain, plain[:opening])]
 
@@ -213,6 +241,9 @@ def collect(cfg, folder):
     with tqdm(total=cfg.max_articles, initial=kept, desc='articles', unit='article', disable=None) as bar:
         for record in records(cfg, counts['read']) if kept < cfg.max_articles else ():
             counts['read'] += 1
+            if not isinstance(record['text'], (str, type(None))):
+                raise SystemExit(f'{cfg.source}: the text of article {record["id"]} is a '
+                                 f'{type(record["text"]).__name__}, not a string')
             text = clean(record['text'])
             exact, near = hashes(text)
             fate = ('stub' if len(text) < max(1, cfg.min_chars) else 'duplicate' if exact in seen[0]
@@ -222,7 +253,7 @@ def collect(cfg, folder):
                 continue
             seen[0].add(exact)
             seen[1].add(near)
-            chunk.append({'id': str(record['id']), 'title': str(record['title']), 'text': text,
+            chunk.append({'id': str(record['id']), 'title': str(record['title'] or ''), 'text': text,
                           'hashes': [exact, near]})
             kept += 1
             bar.update()
@@ -302,7 +333,10 @@ def distinctive(texts, labels, n_topics, n_words=15):
     with all topics as the prior (Monroe, Colaresi & Quinn 2008, section 3.3.1). [topic][n_words]."""
     from sklearn.feature_extraction.text import CountVectorizer
     counter = CountVectorizer(max_features=20_000, stop_words='english', binary=True, token_pattern=r'[^\W\d_]{3,}')
-    counts = counter.fit_transform(texts)                   # [articles, words]
+    try:
+        counts = counter.fit_transform(texts)               # [articles, words]
+    except ValueError:
+        raise SystemExit('prepare_wiki.py: these articles hold no words to tell topics by') from None
     by_topic = np.stack([np.asarray(counts[labels == k].sum(0)).ravel() for k in range(n_topics)]).astype(float)
     prior = by_topic.sum(0) / by_topic.sum() * 1_000 + 0.01
     odds = lambda y: np.log((y + prior) / ((y + prior).sum() - (y + prior)))
@@ -318,13 +352,14 @@ def cluster(cfg, source_folder, embed_folder, folder, n):
     from sklearn.metrics import adjusted_mutual_info_score
     clock = time.time()
     x = np.concatenate([np.load(path) for path in chunks(embed_folder, '.npy')])
-    assert len(x) == n
+    titles, texts = zip(*((a['title'], a['text'][:1_000]) for a in articles(source_folder)), strict=True)
+    if not len(x) == len(titles) == n:
+        raise damaged(embed_folder if len(x) != n else source_folder)
     fits = [KMeans(cfg.n_topics, n_init=3, random_state=cfg.seed + i).fit(x)
             for i in tqdm(range(3), desc='clusters', unit='seed', disable=None)]
     ami = [float(adjusted_mutual_info_score(a.labels_, b.labels_)) for a, b in itertools.combinations(fits, 2)]
     labels, centres = fits[0].labels_, fits[0].cluster_centers_
     sizes = np.bincount(labels, minlength=cfg.n_topics)
-    titles, texts = zip(*((a['title'], a['text'][:1_000]) for a in articles(source_folder)))
     words = distinctive(texts, labels, cfg.n_topics)
     near = [np.where(labels == k)[0][np.argsort(((x[labels == k] - centres[k]) ** 2).sum(1))[:10]]
             for k in range(cfg.n_topics)]
@@ -367,7 +402,7 @@ def train_tokenizer(cfg, source_folder, folder, val):
     found = tokenizer.get_vocab_size()
     if found < cfg.vocab_size:
         print(f'WARNING: these articles give {found:,} tokens, not {cfg.vocab_size:,}; the rest will never occur')
-    save(os.path.join(folder, 'tokenizer.json'), lambda path: tokenizer.save(path))
+    shards.write_text(os.path.join(folder, 'tokenizer.json'), tokenizer.to_str())
     return finish('tokenizer', folder, clock, int((~val).sum()), 'articles', found=found)
 
 def encode(cfg, source_folder, tokenizer_folder, folder, n):
@@ -408,7 +443,8 @@ def pack(rng, lengths, labels, width, low, high, least, desc=''):
     lengths, labels: tokens and topic of each article [n]. A row has U{low..high} pieces, neighbours of different
     topics, each of one article, no article twice, at least `least` tokens each; a token is used at most once. An
     article is cut from its beginning on, and never so that an end shorter than `least` is left if it can be helped.
-    With low = high = 1 a row holds one topic: as many pieces as it takes, so that short articles are used too.
+    With low = high = 1 a row holds one topic: as many pieces as it takes, of any length, so that short articles are
+    used too.
     """
     rest, at, pieces = lengths.astype(np.int64).copy(), np.zeros(len(lengths), np.int64), []
     K = int(labels.max()) + 1
@@ -488,11 +524,15 @@ def pack(rng, lengths, labels, width, low, high, least, desc=''):
 
 def rows_of(pieces, tokens, starts, labels, width, rng):
     """Tokens uint16 and topics uint8 [rows, width] of what `pack` cut, rows shuffled. starts: of each article."""
-    first = starts[pieces[:, 1]] + pieces[:, 2]
-    order = np.concatenate([np.arange(s, s + size) for s, size in zip(first, pieces[:, 3])])
-    topics = np.repeat(labels[pieces[:, 1]], pieces[:, 3]).reshape(-1, width)
-    shuffle = rng.permutation(len(topics))
-    return tokens[order].reshape(-1, width)[shuffle], topics[shuffle]
+    n_rows = pieces[-1, 0] + 1
+    x, z, where = np.empty(n_rows * width, np.uint16), np.empty(n_rows * width, np.uint8), np.empty(n_rows, np.int64)
+    where[rng.permutation(n_rows)] = np.arange(n_rows)      # of each row; filled in place, as a copy would be large
+    before = 0
+    for row, a, start, size in pieces.tolist():
+        at = where[row] * width + before
+        x[at:at + size], z[at:at + size] = tokens[starts[a] + start:starts[a] + start + size], labels[a]
+        before = (before + size) % width
+    return x.reshape(-1, width), z.reshape(-1, width)
 
 # -----------------------------------------------------------------------------
 
@@ -515,23 +555,27 @@ def main(cfg):
 
 def prepare(cfg, meta):
     width = cfg.block_size + 1
-    where = [cfg.source, cfg.subset] if hub(cfg) else [(os.path.basename(f), os.path.getsize(f)) for f in files_of(cfg)]
-    read = {'source': where, 'max_articles': cfg.max_articles, 'min_chars': cfg.min_chars}
+    if not hub(cfg) and 'source_digest' not in meta:
+        raise SystemExit(f'{cfg.source}: no .parquet or .jsonl file there; --source= is a file, a folder, a glob or a '
+                         'hub dataset such as wikimedia/wikipedia')
+    read = {'source': meta.get('source_digest', [cfg.source, cfg.subset]), 'max_articles': cfg.max_articles,
+            'min_chars': cfg.min_chars}
     source_folder, facts = place(cfg, 'articles', read)
     facts = facts or collect(cfg, source_folder)
     n = facts['kept']
     if n <= cfg.n_topics:
         raise SystemExit(f'{cfg.source}: {n} articles, too few for n_topics={cfg.n_topics}')
 
-    embedding = read | {'embedder': meta['embedder'], 'embed_tokens': cfg.embed_tokens, 'seed': cfg.seed}
+    embedding = read | {'embedder': meta.get('embedder_digest', cfg.embedder)}
+    embedding |= {'seed': cfg.seed} if cfg.embedder == 'lsa' else {'embed_tokens': cfg.embed_tokens}
     embed_folder, done = place(cfg, 'embed', embedding)
     done or embed(cfg, source_folder, embed_folder, n)
-    cluster_folder, clusters = place(cfg, 'clusters', embedding | {'n_topics': cfg.n_topics})
+    cluster_folder, clusters = place(cfg, 'clusters', embedding | {'n_topics': cfg.n_topics, 'seed': cfg.seed})
     clusters = clusters or cluster(cfg, source_folder, embed_folder, cluster_folder, n)
     labels = np.load(os.path.join(cluster_folder, 'labels.npy'))
 
     val = np.zeros(n, bool)                                 # the split, by article, before anything is packed
-    val[np.random.default_rng([cfg.seed, 0]).permutation(n)[:max(1, round(cfg.val_share * n))]] = True
+    val[np.random.default_rng([cfg.seed, 0]).permutation(n)[:min(max(1, round(cfg.val_share * n)), n - 1)]] = True
     split = read | {'val_share': cfg.val_share, 'seed': cfg.seed, 'vocab_size': cfg.vocab_size}
     tokenizer_folder, done = place(cfg, 'tokenizer', split)
     done or train_tokenizer(cfg, source_folder, tokenizer_folder, val)
@@ -539,9 +583,14 @@ def prepare(cfg, meta):
     done or encode(cfg, source_folder, tokenizer_folder, tokens_folder, n)
 
     clock = time.time()
-    parts = [np.load(path) for path in chunks(tokens_folder, '.npz')]
-    tokens, lengths = np.concatenate([p['tokens'] for p in parts]), np.concatenate([p['lengths'] for p in parts])
-    assert len(lengths) == n
+    tokens, lengths = [], []
+    for path in chunks(tokens_folder, '.npz'):
+        with np.load(path) as part:
+            tokens.append(part['tokens'])
+            lengths.append(part['lengths'])
+    tokens, lengths = np.concatenate(tokens), np.concatenate(lengths)
+    if not len(lengths) == len(labels) == n:
+        raise damaged(tokens_folder if len(lengths) != n else cluster_folder)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     arrays, used = {}, {}
     for name, mask, low, high in (('train', ~val, cfg.min_segments, cfg.max_segments), ('val', val, *VAL_SEGMENTS)):
@@ -549,13 +598,18 @@ def prepare(cfg, meta):
         mine = np.where(mask)[0]
         pieces = pack(rng, lengths[mine], labels[mine], width, low, high, cfg.min_segment_len, f'pack {name}')
         if not len(pieces):
-            raise SystemExit(f'{cfg.source}: too few {name} articles for one row of {width} tokens; give more')
+            raise SystemExit(f'{cfg.source}: {len(mine)} {name} articles do not make one row of {low}-{high} segments '
+                             f'in {width} tokens; give more, or lower block_size, min_segments or min_segment_len')
         pieces[:, 1] = mine[pieces[:, 1]]
         arrays[name], arrays[f'{name}_topics'] = rows_of(pieces, tokens, starts, labels, width, rng)
         total = int(lengths[mine].sum())
         size = arrays[name].size
         used[name] = {'articles': len(mine), 'tokens': total, 'used': size, 'unused': total - size}
         print(f'{name:10}{len(arrays[name]):,} rows, {size / total:.1%} of {total:,} tokens')
+        if name == 'train' and size < 0.95 * total:
+            most = np.bincount(labels[mine], lengths[mine]).max() / total
+            print(f'WARNING: {1 - size / total:.1%} of the training tokens are not used; the largest topic has '
+                  f'{most:.0%} of them (a half is the most that can be mixed); or lower block_size or min_segment_len')
     ids, sizes = zip(*((a['id'], len(a['text'].encode())) for a in articles(source_folder)))
     meta['corpus'] = {'articles': n, 'counts': facts['counts'], 'tokens': used,
                       'topics': {k: clusters[k] for k in ('sizes', 'largest_share', 'ami')},

@@ -73,7 +73,11 @@ def data_stage(cfg, arm, seed):
     """The dataset of an arm; _pure: training rows of one segment each, with the same chains and validation rows. There
     is one micro-language a seed, but one Wikipedia: there a seed is initialisation and order."""
     pure = {'data_dir': cfg.data_dir + '_pure', 'min_segments': 1, 'max_segments': 1} if '_pure' in arm else {}
-    return stage(cfg, cfg.data_script, seed=seed if cfg.data_script == 'data_synth.py' else 0, **pure)
+    if cfg.data_script == 'data_synth.py':
+        return stage(cfg, 'data_synth.py', seed=seed, **pure)
+    own = {k: default for k, (default, _) in block('prepare_wiki.py').items() if k not in cfg.overrides}
+    at = stage(cfg, 'prepare_wiki.py', **{**own, 'seed': 0, 'device': cfg.device})
+    return SimpleNamespace(**vars(at) | (pure and pure | {'data_dir': at.data_dir + '_pure'}))
 
 def make_data(cfg, pairs):
     """Every dataset that these arms and seeds read, unless it is there."""
@@ -88,7 +92,11 @@ def train_stage(cfg, arm, seed):
 def arm_runs(cfg, arm, seed):
     """The runs of an arm and seed, in the order they are made: [(folder, config, recalibration length or None)]."""
     at = data_stage(cfg, arm, seed)
-    data = data_synth.parameters(at) if cfg.data_script == 'data_synth.py' else shards.read_meta(at.data_dir)
+    if cfg.data_script == 'data_synth.py':
+        data = data_synth.parameters(at)
+    else:                                                   # before it is made only its plan can be told
+        there = os.path.exists(os.path.join(at.data_dir, 'meta.json'))
+        data = shards.read_meta(at.data_dir) if there else prepare_wiki.parameters(at)
     c = train.resolve(train_stage(cfg, arm, seed), data)
     folder = os.path.join(cfg.out_dir, c['condition'], f'seed{seed}')
     runs = [(folder, c, None)]
@@ -326,8 +334,9 @@ def attends_table(cfg, runs):
         if c['seed'] == cfg.seeds[0] and length in (None, cfg.recal_iters[0]):
             for h in a.get('attends') or ():
                 tokens = ', '.join(f'`{t.strip() or repr(t)[1:-1]}` {r:.1f}' for t, r in h['tokens'])
-                lines.append(f'| {a["condition"]} | L{h["layer"]}H{h["head"]} | {h["score_p"]:+.3f} | {h["same"]:.1%} '
-                             f'({h["same_uniform"]:.1%}) | {tokens.replace("|", chr(92) + "|")} |')
+                lines.append(f'| {a["condition"]} | L{h["layer"]}H{h["head"]} | {analyze.show(h["score_p"], "+.3f")} '
+                             f'| {analyze.show(h["same"], ".1%")} ({analyze.show(h["same_uniform"], ".1%")}) '
+                             f'| {tokens.replace("|", chr(92) + "|")} |')
     return lines if lines[2:] else []
 
 def write_report(cfg, summary, runs, figures):
@@ -489,8 +498,9 @@ def main(cfg):
                   f'{clock_text(spent * (total / finished - 1))} left for the rest', flush=True)
     # ---- the report
     for name in ('clusters.json', 'topics.md'):             # what the topics are, where they are clusters
-        if os.path.exists(os.path.join(cfg.data_dir, name)):
-            shutil.copy(os.path.join(cfg.data_dir, name), cfg.out_dir)
+        path = os.path.join(data_stage(cfg, *plan[0]).data_dir, name)
+        if os.path.exists(path):
+            shutil.copy(path, cfg.out_dir)
     summary = summarise(cfg, everything)
     figures = plot.main(stage(cfg, 'plot.py', paths=[cfg.out_dir]))
     write_report(cfg, summary, everything, figures)

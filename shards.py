@@ -89,10 +89,15 @@ def write(folder, arrays, meta, extra=None):
                     digest.update(rows)
             files[f'{name}.bin'] = {'bytes': os.path.getsize(path), 'sha256': digest.hexdigest()}
         rows = {name: len(arrays[name]) for name in ('train', 'val') if name in arrays}
-        with open(os.path.join(temporary, 'meta.json'), 'w') as f:
-            json.dump({**meta, 'rows': rows, 'files': files}, f, indent=1, allow_nan=False)
+        extras = {}
         for name, where in (extra or {}).items():
             shutil.copy(os.path.join(where, name), temporary)
+            with open(os.path.join(temporary, name), 'rb') as f:
+                sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
+            extras[name] = {'bytes': os.path.getsize(f.name), 'sha256': sha256}
+        with open(os.path.join(temporary, 'meta.json'), 'w') as f:
+            json.dump({**meta, 'rows': rows, 'files': files} | ({'extra': extras} if extras else {}),
+                      f, indent=1, allow_nan=False)
         read(temporary)  # what the reader would refuse never gets the final name
 
 
@@ -121,6 +126,10 @@ def read(folder):
     which is missing, truncated or out of bounds.
     """
     meta, data = read_meta(folder), {}
+    for name, there in meta.get('extra', {}).items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path) or os.path.getsize(path) != there['bytes']:
+            raise SystemExit(f'{path}: missing, or not the {there["bytes"]:,} bytes of meta.json; make it again')
     width, limits = meta['block_size'] + 1, {np.uint16: meta['vocab_size'], np.uint8: meta['n_topics']}
     for name in NAMES:
         path, dtype, data[name] = os.path.join(folder, f'{name}.bin'), dtype_of(name), None
@@ -170,7 +179,8 @@ def is_there(folder, parameters):
 
 def parameters(meta):
     """What tells a dataset from others: what it was built with, or, where that is not known, its checksums."""
-    known = {k: v for k, v in meta.items() if k not in ('rows', 'files', 'references', 'reference_rows', 'corpus')}
+    other = ('rows', 'files', 'extra', 'references', 'reference_rows', 'corpus')
+    known = {k: v for k, v in meta.items() if k not in other}
     if meta.get('kind') != 'synthetic':
         known['sha256'] = [f['sha256'][:16] for f in meta.get('files', {}).values()]
     return known

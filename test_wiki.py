@@ -265,7 +265,7 @@ def test_bad_input(tmp_path):
     refused('vocab_size=100: choose', tmp_path, '--vocab_size=100')
 
 def test_no_network(tmp_path):
-    """The hub, unreachable: one line; the libraries' own retries are told not to wait."""
+    """The hub, out of reach, told by its own variable (without it the libraries try again for some 30 s first)."""
     done = subprocess.run([sys.executable, os.path.join(HERE, 'prepare_wiki.py'), f'--work_dir={tmp_path}/work',
                            f'--data_dir={tmp_path}/data'], capture_output=True, text=True, timeout=120,
                           env={**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path)})
@@ -349,12 +349,13 @@ def test_sample(experiment):
 @pytest.mark.skipif(not (os.environ.get('WIKI_ARTICLES') and os.environ.get('MINILM_PATH')), reason='WIKI_ARTICLES (a '
                     'parquet or jsonl file of articles) and MINILM_PATH (a folder of all-MiniLM-L6-v2) are not set')
 def test_real(tmp_path):
-    """600 real articles and the real embedder: topics that a second seed finds too, nearly all tokens used."""
+    """1,000 real articles and the real embedder: topics that a second seed finds too, nearly all tokens used."""
     cfg = configure(prepare_wiki.__file__, [
-        f'--source={os.environ["WIKI_ARTICLES"]}', f'--embedder={os.environ["MINILM_PATH"]}', '--max_articles=600',
-        '--n_topics=4', '--vocab_size=2048', '--block_size=256', '--min_segment_len=32', '--val_share=0.1',
+        f'--source={os.environ["WIKI_ARTICLES"]}', f'--embedder={os.environ["MINILM_PATH"]}', '--max_articles=1000',
+        '--n_topics=8', '--vocab_size=2048', '--block_size=256', '--min_segment_len=32', '--val_share=0.1',
         f'--data_dir={tmp_path}/data', f'--work_dir={tmp_path}/work'])
     prepare_wiki.main(cfg)
     corpus = shards.read_meta(str(tmp_path / 'data'))['corpus']
-    assert corpus['articles'] == 600 and min(corpus['topics']['ami']) > 0.4 and corpus['topics']['largest_share'] < 0.6
+    assert corpus['articles'] == 1000 and min(corpus['topics']['ami']) > 0.4
+    assert corpus['topics']['largest_share'] < 0.4
     assert corpus['tokens']['train']['used'] > 0.95 * corpus['tokens']['train']['tokens']
