@@ -352,9 +352,10 @@ def cluster(cfg, source_folder, embed_folder, folder, n):
     from sklearn.metrics import adjusted_mutual_info_score
     clock = time.time()
     x = np.concatenate([np.load(path) for path in chunks(embed_folder, '.npy')])
-    titles, texts = zip(*((a['title'], a['text'][:1_000]) for a in articles(source_folder)), strict=True)
-    if not len(x) == len(titles) == n:
+    beginnings = [(a['title'], a['text'][:1_000]) for a in articles(source_folder)]
+    if not len(x) == len(beginnings) == n:
         raise damaged(embed_folder if len(x) != n else source_folder)
+    titles, texts = zip(*beginnings)
     fits = [KMeans(cfg.n_topics, n_init=3, random_state=cfg.seed + i).fit(x)
             for i in tqdm(range(3), desc='clusters', unit='seed', disable=None)]
     ami = [float(adjusted_mutual_info_score(a.labels_, b.labels_)) for a, b in itertools.combinations(fits, 2)]
