@@ -62,7 +62,7 @@ CAPTIONS = {
     'circuits': ('Rank and alignment of circuits', 'Mean over heads. Alignment: how much of the top singular '
                  'directions, of what keys read (QK) or heads write (OV), lies in what the topic probe there reads.'),
     'lens': ('What the own topic\'s tokens contributed', 'Share of the hidden state (of the logit), exact and linear, '
-             'where another topic came before. Chance: labels of other rows. Other tokens: without the position\'s '
+             'where another topic came before. Chance: labels of other rows. Other tokens: all but the position\'s '
              'own. Faint: seeds.'),
     'strip': ('One logit, token by token', 'Signed contributions to the logit of the correct next token (above the '
               'mean logit) along a validation row, first seed. Colours: topics. Numbers: sums of runs. The position\'s '
@@ -480,26 +480,29 @@ def plot_circuits(cfg, exp, runs):
 
 def plot_lens(cfg, exp, runs):
     attns, stages, L = present(runs, 'attn'), present(runs, 'stage'), len(runs[0]['lens']['depths']) - 3
-    kinds = {'projection': 'all tokens', 'projection_others': 'other tokens'}
-    fig, axes = canvas(cfg, exp, 'lens', 2 * len(attns), len(stages), 2.1, sharex=True, sharey=True)
-    panels = list(itertools.product(attns, kinds, stages))
-    for ax, (attn, kind, stage) in fill(axes, panels, [p for p in panels if pick(runs, attn=p[0], stage=p[2])]):
+    fig, axes = canvas(cfg, exp, 'lens', 2 * len(attns), len(stages), 2.1, sharex=True, sharey='row')
+    panels = list(itertools.product(attns, (False, True), stages))
+    for ax, (attn, above, stage) in fill(axes, panels, [p for p in panels if pick(runs, attn=p[0], stage=p[2])]):
         for order in present(pick(runs, attn=attn, stage=stage), 'order'):
             lenses = [r['lens'] for r in pick(runs, attn=attn, order=order, stage=stage)]
-            found = [l['within'][l['gate']][kind] for l in lenses]
+            found = [l['within'][l['gate']]['projection_others' if above else 'projection'] for l in lenses]
             y, chance = (np.array([f[k] for f in found], float) for k in ('value', 'chance'))      # [seed, L + 3]
             spread = mean([f['chance_sd'] or [np.nan] * (L + 3) for f in found])[:L + 1]
+            if above:
+                y, chance = y - chance, 0 * chance
             c, middle = exp['colour'][order], mean(chance)[:L + 1]
             ax.plot(y[:, :L + 1].T, color=c, lw=.7 * (not exp['many']), alpha=.3)
             ax.plot(mean(y)[:L + 1], 'o-', color=c, lw=.9 if exp['many'] else 1.8, ms=2 if exp['many'] else 3.5,
                     zorder=3)
-            ax.plot(middle, color=c, lw=.8, zorder=2)
+            ax.plot(middle, color=GREY if above else c, lw=.8, zorder=2)
             ax.fill_between(range(L + 1), middle - 2 * spread, middle + 2 * spread, color=c, lw=0,
                             alpha=.15 * (not exp['many']))
             ax.plot(L + 1, mean(y)[-1], 'D', color=c, ms=4, zorder=3)
-            ax.plot(L + 1, mean(chance)[-1], 'D', color=c, ms=4, mfc='white', mew=.8)
-        ax.set(xlim=(-.2, L + 1.3), ylim=(0, 1.04), title=plain(f'{attn}, {stage}: ') + kinds[kind], ylabel='share',
-               xlabel='layers passed')
+            ax.plot(L + 1, mean(chance)[-1], 'D', color=GREY if above else c, ms=4, mfc='white', mew=.8)
+        ax.set(xlim=(-.2, L + 1.3), title=plain(f'{attn}, {stage}'), xlabel='layers passed',
+               ylabel='above chance, other tokens' if above else 'share, all tokens')
+        if not above:
+            ax.set_ylim(0, 1.04)
         ax.set_xticks([*range(0, L + 1, 1 + L // 6), L + 1], [*range(0, L + 1, 1 + L // 6), 'logit'])
         ax.label_outer()
     mark = {'marker': 'D', 'ls': '', 'ms': 4}
@@ -584,7 +587,8 @@ def plot_matched(cfg, exp, matched):
                 top.plot(x, y, STAGES[stage][1], lw=.9, **style)
                 top.scatter(x, y, s=size if stage == 'drope' else 3, lw=0, zorder=3, **style)
         for d in (d for d in matched if (d['attention'], d['measure']) == (attn, m)):
-            y, lo, hi = (np.array(d[k], float) for k in ('mean', 'low', 'high'))
+            whole = np.array(d['n']) == d['seeds']           # where seeds drop out the mean jumps
+            y, lo, hi = (np.where(whole, np.array(d[k], float), np.nan) for k in ('mean', 'low', 'high'))
             c, dash = exp['colour'].get(d['arms'][0], GREY), '-' if d['arms'][1].startswith('shuffled') else '--'
             low.plot(d['loss'], y, dash, color=c, lw=1.1 if many else 1.6)
             low.fill_between(d['loss'], lo, hi, color=c, lw=0, alpha=.13 * (not many))
