@@ -63,7 +63,7 @@ CAPTIONS = {
                  'directions, of what keys read (QK) or heads write (OV), lies in what the topic probe there reads.'),
     'lens': ('What the own topic\'s tokens contributed', 'Share of the hidden state (of the logit), exact and linear, '
              'where another topic came before. Chance: labels of other rows. Other tokens: all but the position\'s '
-             'own. Faint: seeds.'),
+             'own. Bands: 2 SD of chance. Faint: seeds.'),
     'strip': ('One logit, token by token', 'Signed contributions to the logit of the correct next token (above the '
               'mean logit) along a validation row, first seed. Colours: topics. Numbers: sums of runs. The position\'s '
               'own token is cut off.'),

@@ -255,7 +255,8 @@ def table(summary):
     for r in summary['runs']:
         groups.setdefault(r['condition'] + ('' if r['main'] else f', {r["recal_steps"]} steps'), []).append(r)
     uniform = lambda key, form: number([r[f'{key}_uniform'] for r in summary['runs'][:1]], form)
-    columns = {'Val loss': ('val_loss', '{:.4f}'), 'Gap closed': ('gap_closed', '{:.1%}'),
+    bayes = summary['references']['filter'] is not None     # else there is no gap to close
+    columns = {'Val loss': ('val_loss', '{:.4f}'), **({'Gap closed': ('gap_closed', '{:.1%}')} if bayes else {}),
                f'Within (uniform {uniform("within", "{:.1%}")})': ('within', '{:.1%}'),
                f'Within, all (uniform {uniform("within_all", "{:.1%}")})': ('within_all', '{:.1%}'),
                f'Entropy (uniform {uniform("entropy", "{:.2f}")})': ('entropy', '{:.2f}'),
@@ -350,7 +351,8 @@ def write_report(cfg, summary, runs, figures):
         f'{summary["device"]}, ' + ', '.join(f'{k} {v}' for k, v in summary['versions'].items()) + '. '
         + (f'{n} seeds; ±: half-width of the 95% t-interval over them.' if n > 1 else 'One seed: no interval.'), '',
         *table(summary), '',
-        f'Reference losses in nats: {nats}. Gap closed: from the topic-blind bigram to the Bayes filter.', '',
+        f'Reference losses in nats: {nats}.' + ' Gap closed: from the topic-blind bigram to the Bayes filter.'
+        * (ref['filter'] is not None), '',
         f'Probe references: majority {first["probe_majority"]:.1%}, token identity {first["probe_token"]:.1%}{ceiling} '
         f'(seed {first["seed"]}).', '',
         'Within: attention on keys of the query\'s topic, over queries with a choice; it is high for any local head. '
