@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import measures
 import shards
-from configurator import configure
+from configurator import at_least, configure
 from model import build, load_weights, read_config, read_finished
 from train import data_folder, machine, memory_errors, progress, versions
 
@@ -195,11 +195,17 @@ def show(x, form):
     """A number, or a dash where it is undefined."""
     return '—' if x is None else format(x, form)
 
+def open_finished(cfg):
+    """(config, model, dataset, device) of the run cfg.run, which must have made all its steps."""
+    c = read_config(cfg.run)
+    ckpt = read_finished(cfg.run, c)
+    device, _, _ = machine(cfg.device)
+    data = shards.read(data_folder(c['data_dir'], c['seed']))
+    return c, load_weights(build(c), ckpt, cfg.run).to(device).eval(), data, device
+
 def check(cfg):
     """Stops with one line at the first setting that can't work."""
-    for key, least in {'analysis_rows': 4, 'probe_tokens': 100, 'null_draws': 1, 'ablation_draws': 1}.items():
-        if getattr(cfg, key) < least:
-            raise SystemExit(f'{key} = {getattr(cfg, key)}: must be at least {least}')
+    at_least(cfg, analysis_rows=4, probe_tokens=100, null_draws=1, ablation_draws=1)
 
 def main(cfg):
     check(cfg)
@@ -210,14 +216,10 @@ def main(cfg):
 
 def analyse(cfg):
     clock = time.time()
-    c = read_config(cfg.run)
-    ckpt = read_finished(cfg.run, c)
-    device, _, _ = machine(cfg.device)
-    data = shards.read(data_folder(c['data_dir'], c['seed']))
+    c, model, data, device = open_finished(cfg)
     n_rows, T, L, H = min(cfg.analysis_rows, len(data.val)), c['block_size'], c['n_layer'], c['n_head']
     if n_rows < 4:
         raise SystemExit(f'analyze.py: {len(data.val)} validation rows; at least 4 are needed')
-    model = load_weights(build(c), ckpt, cfg.run).to(device).eval()
     tokens = torch.from_numpy(data.val[:n_rows, :-1].astype(np.int64)).to(device)          # [n_rows, T]
     z = torch.from_numpy(data.val_topics[:n_rows, :-1].astype(np.int64)).to(device)
     batches = row_batches(n_rows, H, T, device)

@@ -144,6 +144,12 @@ def configure(script, argv=None, positional=False, stages=()):
     cfg.overrides, cfg.paths, cfg.files = overrides, paths, files
     return cfg
 
+def at_least(cfg, **least):
+    """Stops with one line at the first of these settings that is below its least value; None is none."""
+    for key, value in least.items():
+        if getattr(cfg, key) is not None and getattr(cfg, key) < value:
+            raise SystemExit(f'{key} = {getattr(cfg, key)}: must be at least {value}')
+
 def comment(key, scripts):
     """The trailing comment of a key in the first of these scripts that has it."""
     for script in scripts:

@@ -500,19 +500,11 @@ def qk_svd(W_Q, W_K, g1, gq, gk, distance=0, theta=1e6):
     K = gk.double()[:, None] * (W_K.double() * g1.double()).view(-1, d, n)         # [K,d,n]
     return _svd(rotation(-distance, d, theta).to(Q.device).mT @ Q, K)
 
-def qk_spectrum(*args, **kwargs):
-    """The singular values [H, head_dim] of qk_svd."""
-    return qk_svd(*args, **kwargs)[1]
-
 def ov_svd(W_O, W_V, g1, head_dim):
     """Singular vectors written U [H,n_embd,r], values S [H,r] and vectors read V [H,n_embd,r] of W_O W_V diag(g1) by
     head; W_O [n_embd, H*head_dim], W_V [K*head_dim, n_embd]."""
     d, n = head_dim, len(g1)
     return _svd(W_O.double().mT.reshape(-1, d, n), (W_V.double() * g1.double()).view(-1, d, n))
-
-def ov_spectrum(*args):
-    """The singular values [H, head_dim] of ov_svd."""
-    return ov_svd(*args)[1]
 
 def alignment(vectors, basis):
     """Share of the squared norm of the first m singular vectors [H,n,r] that lies in an orthonormal basis [n,m]: [H].

@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
 import time
 import unicodedata
@@ -140,6 +139,11 @@ def articles(folder):
         with open(path, encoding='utf-8') as f:
             next(f)                                         # how far the source was read
             yield from map(json.loads, f)
+
+def rest_of(folder, done):
+    """(number, articles) of each file of CHUNK articles that a phase has still to make: the first `done` are there."""
+    stream = itertools.islice(articles(folder), done * CHUNK, None)
+    return enumerate(iter(lambda: list(itertools.islice(stream, CHUNK)), []), done)
 
 # -----------------------------------------------------------------------------
 # articles
@@ -304,22 +308,19 @@ def embed(cfg, source_folder, folder, n):
     model.max_seq_length = min(cfg.embed_tokens, model.max_seq_length or cfg.embed_tokens)
     gpus = torch.cuda.device_count() if not cfg.device else 0
     pool = model.start_multi_process_pool([f'cuda:{i}' for i in range(gpus)]) if gpus > 1 else None
-    stream, done = articles(source_folder), len(chunks(folder, '.npy'))
+    done = len(chunks(folder, '.npy'))
     n_before = min(n, done * CHUNK)
     try:
         with tqdm(total=n, initial=n_before, desc='embed', unit='article', disable=None) as bar:
-            for i in range(0, n, CHUNK):
-                texts = [beginning(a, 8 * cfg.embed_tokens) for a in itertools.islice(stream, CHUNK)]
-                if i < n_before:
-                    continue
-                parts = []
+            for i, some in rest_of(source_folder, done):
+                texts, parts = [beginning(a, 8 * cfg.embed_tokens) for a in some], []
                 for j in range(0, len(texts), CHUNK if pool else 256):
                     part = texts[j:j + (CHUNK if pool else 256)]
                     parts.append(model.encode(part, batch_size=64, normalize_embeddings=True, pool=pool,
                                               show_progress_bar=False))
                     bar.update(len(part))
                 vectors = np.concatenate(parts).astype(np.float32)
-                save(os.path.join(folder, f'{i // CHUNK:05d}.npy'), lambda path: np.save(path, vectors))
+                save(os.path.join(folder, f'{i:05d}.npy'), lambda path: np.save(path, vectors))
     finally:
         if pool:
             model.stop_multi_process_pool(pool)
@@ -345,7 +346,7 @@ def distinctive(texts, labels, n_topics, n_words=15):
     names = counter.get_feature_names_out()
     return [[str(w) for w in names[np.argsort(-row)[:n_words]]] for row in z]
 
-def cluster(cfg, source_folder, embed_folder, folder, n):
+def cluster(cfg, embedder, source_folder, embed_folder, folder, n):
     """K-means; labels.npy uint8 [n], clusters.json and topics.md for a person."""
     from sklearn.cluster import KMeans
     from sklearn.manifold import TSNE
@@ -369,11 +370,11 @@ def cluster(cfg, source_folder, embed_folder, folder, n):
     tsne = TSNE(init='pca', random_state=cfg.seed, perplexity=min(30, (len(sample) - 1) / 3))
     picture = tsne.fit_transform(x[sample])
     shards.write_json(os.path.join(folder, 'clusters.json'), {
-        'embedder': parameters(cfg)['embedder'], 'articles': n, 'sizes': sizes.tolist(), 'words': words, 'ami': ami,
+        'embedder': embedder, 'articles': n, 'sizes': sizes.tolist(), 'words': words, 'ami': ami,
         'nearest': [[titles[i] for i in which] for which in near], 'largest_share': share,
         'picture': [[round(float(a), 2), round(float(b), 2), int(k)] for (a, b), k in zip(picture, labels[sample])]})
     lines = [f'# {cfg.n_topics} topics of {n:,} articles', '',
-             f'K-means of {parameters(cfg)["embedder"]} embeddings. Adjusted mutual information between three seeds: '
+             f'K-means of {embedder} embeddings. Adjusted mutual information between three seeds: '
              + ', '.join(f'{a:.2f}' for a in ami) + f'. Largest topic: {share:.0%}.', '']
     for k in range(cfg.n_topics):
         lines += [f'## Topic {k}: {", ".join(words[k][:3])}', '', f'{sizes[k]:,} articles, {sizes[k] / n:.1%}', '',
@@ -411,18 +412,15 @@ def encode(cfg, source_folder, tokenizer_folder, folder, n):
     from tokenizers import Tokenizer
     clock = time.time()
     tokenizer = Tokenizer.from_file(os.path.join(tokenizer_folder, 'tokenizer.json'))
-    stream, done, total = articles(source_folder), len(chunks(folder, '.npz')), 0
-    with tqdm(total=n, initial=min(n, done * CHUNK), desc='tokens', unit='article', disable=None) as bar:
-        for i in range(0, n, CHUNK):
-            texts = [a['text'] for a in itertools.islice(stream, CHUNK)]
-            if i < done * CHUNK:
-                continue
-            ids = [np.array(e.ids, np.uint16) for e in tokenizer.encode_batch_fast(texts)]
-            save(os.path.join(folder, f'{i // CHUNK:05d}.npz'),
+    done = len(chunks(folder, '.npz'))
+    n_before = min(n, done * CHUNK)
+    with tqdm(total=n, initial=n_before, desc='tokens', unit='article', disable=None) as bar:
+        for i, some in rest_of(source_folder, done):
+            ids = [np.array(e.ids, np.uint16) for e in tokenizer.encode_batch_fast([a['text'] for a in some])]
+            save(os.path.join(folder, f'{i:05d}.npz'),
                  lambda path: np.savez(path, tokens=np.concatenate(ids), lengths=[len(x) for x in ids]))
-            bar.update(len(texts))
-            total += len(texts)
-    return finish('tokens', folder, clock, total, 'articles')
+            bar.update(len(some))
+    return finish('tokens', folder, clock, n - n_before, 'articles')
 
 # -----------------------------------------------------------------------------
 # rows
@@ -572,7 +570,7 @@ def prepare(cfg, meta):
     embed_folder, done = place(cfg, 'embed', embedding)
     done or embed(cfg, source_folder, embed_folder, n)
     cluster_folder, clusters = place(cfg, 'clusters', embedding | {'n_topics': cfg.n_topics, 'seed': cfg.seed})
-    clusters = clusters or cluster(cfg, source_folder, embed_folder, cluster_folder, n)
+    clusters = clusters or cluster(cfg, meta['embedder'], source_folder, embed_folder, cluster_folder, n)
     labels = np.load(os.path.join(cluster_folder, 'labels.npy'))
 
     val = np.zeros(n, bool)                                 # the split, by article, before anything is packed

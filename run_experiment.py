@@ -72,12 +72,14 @@ def stage(cfg, script, **changes):
 def data_stage(cfg, arm, seed):
     """The dataset of an arm; _pure: training rows of one segment each, with the same chains and validation rows. There
     is one micro-language a seed, but one Wikipedia: there a seed is initialisation and order."""
-    pure = {'data_dir': cfg.data_dir + '_pure', 'min_segments': 1, 'max_segments': 1} if '_pure' in arm else {}
     if cfg.data_script == 'data_synth.py':
-        return stage(cfg, 'data_synth.py', seed=seed, **pure)
-    own = {k: default for k, (default, _) in block('prepare_wiki.py').items() if k not in cfg.overrides}
-    at = stage(cfg, 'prepare_wiki.py', **{**own, 'seed': 0, 'device': cfg.device})
-    return SimpleNamespace(**vars(at) | (pure and pure | {'data_dir': at.data_dir + '_pure'}))
+        at = stage(cfg, 'data_synth.py', seed=seed)
+    else:
+        own = {k: default for k, (default, _) in block('prepare_wiki.py').items() if k not in cfg.overrides}
+        at = stage(cfg, 'prepare_wiki.py', **{**own, 'seed': 0, 'device': cfg.device})
+    if '_pure' in arm:
+        at.data_dir, at.min_segments, at.max_segments = at.data_dir + '_pure', 1, 1
+    return at
 
 def make_data(cfg, pairs):
     """Every dataset that these arms and seeds read, unless it is there."""
@@ -331,8 +333,8 @@ def attends_table(cfg, runs):
     lines = ['| Run | Head | P | Query\'s topic in what it reads (uniform) | Tokens read most, times uniform |',
              '|---' * 5 + '|']
     for folder, c, length in runs:
-        a = json.load(open(os.path.join(folder, 'analysis.json')))
         if c['seed'] == cfg.seeds[0] and length in (None, cfg.recal_iters[0]):
+            a = json.load(open(os.path.join(folder, 'analysis.json')))
             for h in a.get('attends') or ():
                 tokens = ', '.join(f'`{t.strip() or repr(t)[1:-1]}` {r:.1f}' for t, r in h['tokens'])
                 lines.append(f'| {a["condition"]} | L{h["layer"]}H{h["head"]} | {analyze.show(h["score_p"], "+.3f")} '

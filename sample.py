@@ -7,8 +7,8 @@ import os
 
 import torch
 
-from configurator import configure
-from model import load, read_config, read_finished
+from configurator import at_least, configure
+from model import build, load_weights, read_config, read_finished
 from train import data_folder, machine
 
 # -----------------------------------------------------------------------------
@@ -41,11 +41,9 @@ def continuation(model, ids, n_tokens, temperature, top_k, generator):
 def main(cfg):
     if not cfg.run:
         raise SystemExit('sample.py: --run=FOLDER, the trained run to sample from')
-    for key, least in {'n_samples': 1, 'n_tokens': 1, 'top_k': 1, 'temperature': 0, 'seed': 0}.items():
-        if getattr(cfg, key) < least:
-            raise SystemExit(f'{key} = {getattr(cfg, key)}: must be at least {least}')
+    at_least(cfg, n_samples=1, n_tokens=1, top_k=1, temperature=0, seed=0)
     c = read_config(cfg.run)
-    read_finished(cfg.run, c)                               # says what is missing
+    ckpt = read_finished(cfg.run, c)
     path = os.path.join(data_folder(c['data_dir'], c['seed']), 'tokenizer.json')
     if not os.path.exists(path):
         raise SystemExit(f'{path}: missing; only runs on text (prepare_wiki.py) can be sampled')
@@ -54,7 +52,7 @@ def main(cfg):
     ids = tokenizer.encode(cfg.prompt).ids
     if not ids:
         raise SystemExit('prompt is empty; give a few words with --prompt="..."')
-    model = load(cfg.run, machine(cfg.device)[0])
+    model = load_weights(build(c), ckpt, cfg.run).to(machine(cfg.device)[0]).eval()
     texts = []
     for i in range(cfg.n_samples):
         texts.append(tokenizer.decode(continuation(model, ids, cfg.n_tokens, cfg.temperature, cfg.top_k, generator)))

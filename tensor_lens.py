@@ -24,10 +24,9 @@ import torch.nn.functional as F
 
 import measures
 import shards
-from analyze import show, tidy
-from configurator import configure
-from model import build, load_weights, read_config, read_finished
-from train import data_folder, machine, memory_errors, progress, versions
+from analyze import open_finished, show, tidy
+from configurator import at_least, configure
+from train import memory_errors, progress, versions
 
 # -----------------------------------------------------------------------------
 # config
@@ -189,9 +188,7 @@ def rows_at_a_time(c, passes, device):
 
 def check(cfg):
     """Stops with one line at the first setting that can't work."""
-    for key, least in {'lens_rows': 2, 'lens_draws': 1}.items():
-        if getattr(cfg, key) < least:
-            raise SystemExit(f'{key} = {getattr(cfg, key)}: must be at least {least}')
+    at_least(cfg, lens_rows=2, lens_draws=1)
     if cfg.lens_gate not in GATES:
         raise SystemExit(f"lens_gate = {cfg.lens_gate!r}: 'silu' or 'up'")
 
@@ -204,10 +201,8 @@ def main(cfg):
 
 def take_apart(cfg):
     clock = time.time()
-    c = read_config(cfg.run)
-    ckpt = read_finished(cfg.run, c)
-    device, _, _ = machine(cfg.device)
-    data = shards.read(data_folder(c['data_dir'], c['seed']))
+    c, model, data, device = open_finished(cfg)
+    model.requires_grad_(False)
     n, T, K = min(cfg.lens_rows, len(data.val)), c['block_size'], c['n_topics']
     tokens, z = (torch.from_numpy(x[:n].astype(np.int64)).to(device) for x in (data.val, data.val_topics))
     z = z[:, :-1]
@@ -216,7 +211,6 @@ def take_apart(cfg):
         raise SystemExit(f'lens_row = {row}: the validation rows are 0 to {len(data.val) - 1}')
     if not -T <= cfg.lens_position < T:
         raise SystemExit(f'lens_position = {cfg.lens_position}: the positions are 0 to {T - 1}, or -1 for the last')
-    model = load_weights(build(c), ckpt, cfg.run).to(device).eval().requires_grad_(False)
 
     # ---- within-topic contributions, both ways of freezing the gate
     labels, rows = measures.exchanged(z, cfg.lens_draws, torch.Generator().manual_seed(c['seed']))

@@ -606,14 +606,14 @@ def test_spectra_equal_dense_svd(H, K, d, n):
     g1, gq, gk = randn(n).exp(), randn(d).exp(), randn(d).exp()
     top = min(d, n)
     for distance in (0, 1, 16):
-        s = M.qk_spectrum(W_Q, W_K, g1, gq, gk, distance, theta=100.)
+        s = M.qk_svd(W_Q, W_K, g1, gq, gk, distance, theta=100.)[1]
         assert s.shape == (H, top)
         for h in range(H):                                       # q at position 20, k at 20 - distance: q.k as a matrix
             k0 = h // (H // K) * d
             q = torch.stack([rope(c, 20, 100.) for c in (gq[:, None] * W_Q[h * d:(h + 1) * d] * g1).T], 1)
             k = torch.stack([rope(c, 20 - distance, 100.) for c in (gk[:, None] * W_K[k0:k0 + d] * g1).T], 1)
             assert torch.allclose(s[h], torch.linalg.svdvals(q.T @ k)[:top], rtol=1e-9)
-    s = M.ov_spectrum(W_O, W_V, g1, d)
+    s = M.ov_svd(W_O, W_V, g1, d)[1]
     for h in range(H):
         k0 = h // (H // K) * d
         dense = W_O[:, h * d:(h + 1) * d] @ W_V[k0:k0 + d] @ torch.diag(g1)

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import shards
-from configurator import block, configure
+from configurator import at_least, block, configure
 from model import build, load_weights, read_checkpoint, read_config
 
 # -----------------------------------------------------------------------------
@@ -541,10 +541,9 @@ def check(cfg):
     """Stops with one line at the first setting that can't work."""
     if cfg.order not in ('shuffled', 'topic', 'pseudo'):
         raise SystemExit(f'order = {cfg.order}: shuffled, topic or pseudo')
-    for key in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'mlp_hidden', 'batch_size', 'grad_accum',
-                'max_iters', 'cycles', 'eval_interval', 'eval_rows', 'log_interval'):
-        if getattr(cfg, key) is not None and getattr(cfg, key) < 1:
-            raise SystemExit(f'{key} = {getattr(cfg, key)}: must be at least 1')
+    counts = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'mlp_hidden', 'batch_size', 'grad_accum',
+              'max_iters', 'cycles', 'eval_interval', 'eval_rows', 'log_interval')
+    at_least(cfg, **dict.fromkeys(counts, 1))
     if cfg.seed < 0 or cfg.warmup_iters < 0 or not 0 <= cfg.cooldown <= 1:
         raise SystemExit('seed and warmup_iters must not be negative, cooldown is between 0 and 1')
 
