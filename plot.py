@@ -422,7 +422,7 @@ def plot_probe(cfg, exp, runs, name='probe'):
                     lw=.9 if exp['many'] or not bold else 1.8)
             ends += [(v, plain(label), c) for v in y[np.isfinite(y)][-1:]]
         ax.set(ylim=(0, 1.02), title=plain(f'{attn}, {stage}'), ylabel='probe accuracy',
-               xlabel='layers passed (0: embedding)' if name == 'probe' else 'tokens since the boundary')
+               xlabel='layers passed' if name == 'probe' else 'tokens since the boundary')
         ax.set_xticks(range(len(ticks)), ticks)
         ax.label_outer()
         if stage == present(pick(runs, attn=attn), 'stage')[-1]:
