@@ -21,9 +21,10 @@ import torch.nn.functional as F
 
 import measures
 import shards
+from compare import orderedness
 from configurator import at_least, configure
 from model import build, load_weights, read_config, read_finished
-from train import data_folder, machine, memory_errors, progress, versions
+from train import machine, memory_errors, progress, read_data, versions
 
 # -----------------------------------------------------------------------------
 # config
@@ -200,7 +201,7 @@ def open_finished(cfg):
     c = read_config(cfg.run)
     ckpt = read_finished(cfg.run, c)
     device, _, _ = machine(cfg.device)
-    data = shards.read(data_folder(c['data_dir'], c['seed']))
+    data = read_data(c, cfg.run)
     return c, load_weights(build(c), ckpt, cfg.run).to(device).eval(), data, device
 
 def check(cfg):
@@ -217,6 +218,10 @@ def main(cfg):
 def analyse(cfg):
     clock = time.time()
     c, model, data, device = open_finished(cfg)
+    try:
+        records = [json.loads(line) for line in open(os.path.join(cfg.run, 'log.jsonl'))]
+    except (OSError, ValueError):
+        raise SystemExit(f'{cfg.run}/log.jsonl: missing or not whole; delete that folder and train again') from None
     n_rows, T, L, H = min(cfg.analysis_rows, len(data.val)), c['block_size'], c['n_layer'], c['n_head']
     if n_rows < 4:
         raise SystemExit(f'analyze.py: {len(data.val)} validation rows; at least 4 are needed')
@@ -355,11 +360,13 @@ def analyse(cfg):
         spectra, before = circuits(model, c['rope_theta'], read), circuits(fresh, c['rope_theta'], read_at_init)
         spectra['alignment']['chance'] = read[0].size(1) / c['n_embd']          # of random directions
         spectra['init'] = {k: before[k] for k in ('qk_rank', 'ov_rank', 'alignment')}
+        spectra['init_spectra'] = {k: (s / s[..., :1]).mean((0, 1)) for k, s in (('qk', before['qk']['0']),
+                                                                                 ('ov', before['ov']))}
 
-    records = [json.loads(line) for line in open(os.path.join(cfg.run, 'log.jsonl'))]
     result = {
         'condition': c['condition'], 'seed': c['seed'], 'recal_steps': c['recal_steps'], 'keep_rope': c['keep_rope'],
         'steps': c['max_iters'], 'val_loss': records[-1]['val_loss'], 'train_seconds': records[-1]['seconds'],
+        'orderedness': orderedness(records),                # of the whole log: what is published is thinned
         'references': data.meta.get('references') or dict.fromkeys(('uniform', 'bigram', 'filter', 'oracle')),
         'n_topics': c['n_topics'], 'block_size': T, 'rows': n_rows, 'causal': True, **versions(device),
         'heads': tidy(heads), 'mean': tidy({k: float(np.nanmean(v)) if not np.isnan(v).all() else None

@@ -139,7 +139,8 @@ def matched(runs, points=25):
     left out, and the average is taken over the logarithm of the loss. Returns [{'attention', 'arms', 'measure',
     'loss': grid of nats above the filter, 'mean', 'low', 'high', 'n': of each grid point; 'average': t-interval and
     'p': sign flips of each seed's mean difference over its range, 'seeds': how many have one}]; arms with fewer than
-    two lengths are left out.
+    two lengths are left out; where arms never have the same loss the lists are empty, 'average' and 'p' None, 'seeds'
+    0.
     """
     curves, result = {}, []                                 # (attention, order, seed) -> rows by rising loss
     for r in sorted(runs, key=lambda r: r['excess']):
@@ -154,7 +155,10 @@ def matched(runs, points=25):
             if a == b or not pairs:
                 continue
             ranges = [(max(x[0]['excess'], y[0]['excess']), min(x[-1]['excess'], y[-1]['excess'])) for x, y in pairs]
+            nothing = dict.fromkeys(('loss', 'mean', 'low', 'high', 'n'), [])
             if not any(low < high for low, high in ranges):
+                result.append({'attention': attention, 'arms': [a, b], 'measure': measure, **nothing,
+                               'average': (None, None, None), 'p': None, 'seeds': 0})
                 continue
             grid = np.geomspace(min(r[0] for r in ranges), max(r[1] for r in ranges), points)
             at = lambda rows, loss: np.interp(loss, [r['excess'] for r in rows], [middle(r, measure) for r in rows])
@@ -289,7 +293,7 @@ def verdict(summary):
         line += f' Under DroPE alone: {show(d["mean"], d["low"], d["high"])}' + (
             f', adjusted p = {d["p_adjusted"]:.3f}.' if d['p_adjusted'] else '.')
         equal = {m['measure']: m for m in summary.get('matched', ()) if m['arms'] == arms.split(' - ')
-                 and m['attention'] == attention}
+                 and m['attention'] == attention and m['seeds']}
         if equal:
             line += ' At equal loss along DroPE (exploratory, unadjusted): ' + ', '.join(
                 f'{label} {show(*equal[key]["average"])}' + (f', p = {equal[key]["p"]:.3f}' if equal[key]['p'] else '')

@@ -5,20 +5,22 @@ Drop RoPE from a trained run and recalibrate (DroPE, arXiv 2512.12167); or keep 
     python drope.py --run=out/single/mha_topic_ordered_rope/seed0 --recal_iters=0.1 --keep_rope=True
 
 The parent's weights, no positions (or the same positions), a fresh optimizer and schedule, shuffled rows: the same
-rows, steps and rates for every arm of a seed. The first length goes to ..._drope/seed<k>/ (or ..._kept/seed<k>/)
-beside the parent, further ones to recal_<steps>/ inside it; each is a schedule of its own from the same parent.
+rows, steps and rates for every arm of a seed, also for those that were trained on pure windows. The first length goes
+to ..._drope/seed<k>/ (or ..._kept/seed<k>/) beside the parent, further ones to recal_<steps>/ inside it; each is a
+schedule of its own from the same parent.
 """
 import os
 
 import shards
 from configurator import configure
 from model import build, load_weights, read_config, read_finished
-from train import RAISE_GRAD_ACCUM, data_folder, dominant_topic, fit, machine, memory_errors, row_order
+from train import RAISE_GRAD_ACCUM, data_folder, dominant_topic, fit, machine, memory_errors, read_data, row_order
 
 # -----------------------------------------------------------------------------
 # config
 
 run = ''                    # folder of the trained run
+recal_data_dir = ''         # dataset to recalibrate on; '' = the parent's
 recal_iters = (0.01,)       # lengths: below 1 a fraction of the parent's steps, else steps; the first is the main one,
                             # 0 drops RoPE and trains no further
 keep_rope = False           # true: the RoPE-kept control
@@ -46,9 +48,9 @@ def recal_folder(parent, length, main_length, parent_steps, keep_rope):
         folder = os.path.join(arm, seed) + kind
     return folder if length == main_length else os.path.join(folder, f'recal_{recal_steps(length, parent_steps)}')
 
-def recal_config(parent_config, parent, steps, keep_rope, lr_scale):
-    """The parent's config with what recalibration changes."""
-    c = parent_config
+def recal_config(parent_config, parent, steps, keep_rope, lr_scale, data_dir, meta):
+    """The parent's config with what recalibration changes; data_dir, meta: of the rows it reads."""
+    c = parent_config | {k: v for k, v in shards.parameters(meta).items() if k != 'seed'} | {'data_dir': data_dir}
     name = c['condition'].removesuffix('_rope') + ('_kept' if keep_rope else '_drope')
     return {**c, 'condition': name, 'parent': parent, 'max_iters': steps, 'recal_steps': steps, 'keep_rope': keep_rope,
             'rope': keep_rope, 'order': 'shuffled', 'cycles': 1, 'cooldown': 0.0, 'parent_order': c['order'],
@@ -62,11 +64,12 @@ def recalibrate(cfg, length):
     if not parent['rope'] or parent['recal_steps'] is not None:
         raise SystemExit(f'{cfg.run}: not a run trained with RoPE, so there is none to drop')
     steps = recal_steps(length, parent['max_iters'])
-    c = recal_config(parent, cfg.run, steps, cfg.keep_rope, cfg.recal_lr_scale)
+    data_dir = cfg.recal_data_dir or parent['data_dir']
+    data = shards.read(data_folder(data_dir, parent['seed'])) if cfg.recal_data_dir else read_data(parent, cfg.run)
+    c = recal_config(parent, cfg.run, steps, cfg.keep_rope, cfg.recal_lr_scale, data_dir, data.meta)
     c['grad_accum'] = cfg.grad_accum
     folder = recal_folder(cfg.run, length, cfg.recal_iters[0], parent['max_iters'], cfg.keep_rope)
     device, dtype, compile = machine(cfg.device, cfg.dtype, cfg.compile)
-    data = shards.read(data_folder(parent['data_dir'], parent['seed']))
     with memory_errors(RAISE_GRAD_ACCUM.format(**c)):
         model = build(c).to(device)
         if not os.path.exists(os.path.join(folder, 'ckpt.pt')):                 # else fit resumes from that one

@@ -207,6 +207,8 @@ def build(config, generator=None):
     """The model that a run's config.json (a dict) describes, freshly initialised."""
     return Qwen3(**{k: config[k] for k in SHAPE}, rope=config['rope'], generator=generator)
 
+RUN_KEYS = ('rope', 'recal_steps', 'data_dir', 'seed', 'n_topics', 'condition', 'max_iters')   # all runs have these
+
 def read_config(folder):
     """config.json of a run folder as a dict."""
     try:
@@ -215,7 +217,7 @@ def read_config(folder):
         raise SystemExit(f'{folder}: no run here (config.json is missing); train.py makes one') from None
     except ValueError:
         raise SystemExit(f'{folder}/config.json: not JSON; delete the folder and train again') from None
-    if not isinstance(config, dict) or not {*SHAPE, 'rope', 'recal_steps'} <= config.keys():
+    if not isinstance(config, dict) or not {*SHAPE, *RUN_KEYS} <= config.keys():
         raise SystemExit(f'{folder}/config.json: not of one of our runs; train.py makes one')
     return config
 

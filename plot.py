@@ -52,7 +52,7 @@ CAPTIONS = {
                  'not distances); a colour is a topic of K-means.'),
     'distance': ('How soon the topic is known', 'Linear probe after the last layer. The Bayes filter, best overall, '
                  'still expects the old topic right after a boundary.'),
-    'spectra': ('Singular values over the largest', 'Mean over heads. Solid: RoPE, dotted: DroPE.'),
+    'spectra': ('Singular values over the largest', 'Mean over heads. Solid: RoPE, dotted: DroPE, grey: at init.'),
     'effects': ('Paired effects of the order', 'Bars: 95% interval, p: sign flips, unadjusted. Shaded: main.'),
     'matched': ('At equal loss', 'Above: a line is a seed through its lengths of recalibration, larger dots: longer. '
                 'Below, under DroPE: an arm minus shuffled (dashed: minus pseudo). Bands, with few orders: 95% '
@@ -445,6 +445,10 @@ def plot_spectra(cfg, exp, runs):
             for l in range(L if len(s) else 0):
                 y = (s[:, l] / s[:, l].max(-1, keepdims=True)).mean((0, 1))
                 ax.plot(range(1, len(y) + 1), y, STAGES[stage][1], lw=1.5, color=shades(l))
+        init = [r['ana']['circuits'].get('init_spectra') for r in pick(runs, order=order, stage='rope')]
+        if init and init[0]:                                # analyses before 2026-11-25 have none
+            y = mean([i[name[:2].lower()] for i in init if i])
+            ax.plot(range(1, len(y) + 1), y, color=GREY, lw=1, zorder=0)
         ax.set(title=plain(f'{runs[0]["attn"]} {order}: ') + name, xlabel='rank', ylabel='value', ylim=(0, 1.02))
         ax.label_outer()
     image = plt.cm.ScalarMappable(plt.Normalize(-.5, L - .5), shades)
@@ -586,7 +590,7 @@ def plot_matched(cfg, exp, matched):
             else:
                 top.plot(x, y, STAGES[stage][1], lw=.9, **style)
                 top.scatter(x, y, s=size if stage == 'drope' else 3, lw=0, zorder=3, **style)
-        for d in (d for d in matched if (d['attention'], d['measure']) == (attn, m)):
+        for d in (d for d in matched if (d['attention'], d['measure']) == (attn, m) and d['seeds']):
             whole = np.array(d['n']) == d['seeds']           # where seeds drop out the mean jumps
             y, lo, hi = (np.where(whole, np.array(d[k], float), np.nan) for k in ('mean', 'low', 'high'))
             c, dash = exp['colour'].get(d['arms'][0], GREY), '-' if d['arms'][1].startswith('shuffled') else '--'
@@ -601,7 +605,8 @@ def plot_matched(cfg, exp, matched):
                 ax.minorticks_off()
             top.axvline(0, color=GREY, lw=.8, zorder=0)
             top.set_xlim(min(*x, -.001), 1.2 * max(x))
-            low.set_xlim(.93 * min(grid), 1.07 * max(grid))
+            if grid:
+                low.set_xlim(.93 * min(grid), 1.07 * max(grid))
         else:
             low.locator_params(axis='x', nbins=5)
         low.set(title=f'difference in {label}', ylabel=MEASURES[m][1],

@@ -82,10 +82,18 @@ def data_stage(cfg, arm, seed):
     return at
 
 def make_data(cfg, pairs):
-    """Every dataset that these arms and seeds read, unless it is there."""
+    """Every dataset that these arms and seeds read, unless it is there: recalibration reads mixed rows in all arms."""
     main = data_synth.main if cfg.data_script == 'data_synth.py' else prepare_wiki.main
-    for at in {(at.data_dir, at.seed): at for at in (data_stage(cfg, *pair) for pair in pairs)}.values():
+    stages = [data_stage(cfg, name, seed) for arm, seed in pairs for name in (arm.replace('_pure', ''), arm)]
+    for at in {(at.data_dir, at.seed): at for at in stages}.values():
         main(at)
+
+def data_meta(cfg, at):
+    """What the dataset of a data stage is, or will be: before it is made only its plan can be told."""
+    if cfg.data_script == 'data_synth.py':
+        return data_synth.parameters(at)
+    there = os.path.exists(os.path.join(at.data_dir, 'meta.json'))
+    return shards.read_meta(at.data_dir) if there else prepare_wiki.parameters(at)
 
 def train_stage(cfg, arm, seed):
     return stage(cfg, 'train.py', seed=seed, data_dir=data_stage(cfg, arm, seed).data_dir,
@@ -93,13 +101,8 @@ def train_stage(cfg, arm, seed):
 
 def arm_runs(cfg, arm, seed):
     """The runs of an arm and seed, in the order they are made: [(folder, config, recalibration length or None)]."""
-    at = data_stage(cfg, arm, seed)
-    if cfg.data_script == 'data_synth.py':
-        data = data_synth.parameters(at)
-    else:                                                   # before it is made only its plan can be told
-        there = os.path.exists(os.path.join(at.data_dir, 'meta.json'))
-        data = shards.read_meta(at.data_dir) if there else prepare_wiki.parameters(at)
-    c = train.resolve(train_stage(cfg, arm, seed), data)
+    c = train.resolve(train_stage(cfg, arm, seed), data_meta(cfg, data_stage(cfg, arm, seed)))
+    mixed = data_meta(cfg, data_stage(cfg, arm.replace('_pure', ''), seed))
     folder = os.path.join(cfg.out_dir, c['condition'], f'seed{seed}')
     runs = [(folder, c, None)]
     if c['rope']:
@@ -108,7 +111,7 @@ def arm_runs(cfg, arm, seed):
                 continue                                    # kept and trained no further is the parent
             steps = drope.recal_steps(length, c['max_iters'])
             runs.append((drope.recal_folder(folder, length, cfg.recal_iters[0], c['max_iters'], keep),
-                         drope.recal_config(c, folder, steps, keep, cfg.recal_lr_scale), length))
+                         drope.recal_config(c, folder, steps, keep, cfg.recal_lr_scale, cfg.data_dir, mixed), length))
     return runs
 
 def published(cfg, folder=None):
@@ -155,7 +158,8 @@ def run_arm(cfg, arm, seed):
         train.main(train_stage(cfg, arm, seed))
     for folder, c, length in todo:
         if length is not None:
-            drope.recalibrate(stage(cfg, 'drope.py', run=parent, keep_rope=c['keep_rope']), length)
+            mine = {'run': parent, 'keep_rope': c['keep_rope'], 'recal_data_dir': cfg.data_dir}
+            drope.recalibrate(stage(cfg, 'drope.py', **mine), length)
         analysis = analysis_stage(cfg, folder, length)
         if not analysis.light:
             # before analysis.json, which alone says that a run is done: one that was analysed or published without
@@ -214,13 +218,14 @@ def run_together(cfg, todo, runs):
 
 def summarise(cfg, runs):
     """Write summary.json of runs that are all analysed, [(folder, config, length), ...]; returns it."""
-    rows, references, logs = [], [], {}
+    rows, references, logs, devices = [], [], {}, []
     for folder, c, _ in runs:
         a = json.load(open(os.path.join(folder, 'analysis.json')))
         log = [r for r in map(json.loads, open(os.path.join(folder, 'log.jsonl'))) if 'step' in r]
         ref, mean, probe = a['references'], a['mean'], a['probe']
         attention, order, kind = re.fullmatch(r'(mha|gqa)_(.+)_(\w+?)', a['condition']).groups()
         references.append(ref)
+        devices.append(a['device'])
         logs[a['condition'], a['seed'], a['recal_steps']] = log
         rows.append({
             **{k: a[k] for k in ('condition', 'seed', 'recal_steps', 'keep_rope')}, 'attention': attention,
@@ -228,18 +233,20 @@ def summarise(cfg, runs):
             'excess': a['val_loss'] - (ref['filter'] or 0.0),       # above this seed's own filter, in nats
             # of the way from the topic-blind bigram to the Bayes filter, on this seed's own data
             'gap_closed': (ref['bigram'] - a['val_loss']) / (ref['bigram'] - ref['filter']) if ref['filter'] else None,
-            'orderedness': orderedness(log),
+            'orderedness': a['orderedness'] if 'orderedness' in a else orderedness(log),
             **{k: mean[k] for k in ('within', 'within_all', 'score_p', 'score_o', 'entropy', 'sink', 'self')},
             **{f'{k}_uniform': v for k, v in a['uniform'].items()},
-            'probe': probe['accuracy'], **{f'probe_{k}': probe[k] for k in ('majority', 'token', 'ceiling')},
+            'probe': probe['accuracy'], **{f'probe_{k}': probe.get(k) for k in (
+                'majority', 'token', 'ceiling', 'baseline', 'init', 'control', 'selectivity', 'shuffled', 'normalised',
+                'posterior_r2')},
             'seconds': a['train_seconds']})
     mean = lambda key: float(np.mean([r[key] for r in references])) if references[0][key] is not None else None
     parents = {(r['attention'], r['order'], r['seed']): logs[r['condition'], r['seed'], None]
                for r in rows if r['stage'] == 'rope'}
     recovered = recovery(rows, logs) if references[0]['filter'] else []
     summary = {'experiment': os.path.basename(cfg.out_dir), 'references': {k: mean(k) for k in references[0]},
-               'device': a['device'], 'versions': a['versions'], 'n_layer': cfg.n_layer, 'runs': rows,
-               'effects': effects(rows), 'matched': matched(rows), 'recovery': recovered,
+               'device': ' and '.join(dict.fromkeys(devices)), 'versions': a['versions'], 'n_layer': cfg.n_layer,
+               'runs': rows, 'effects': effects(rows), 'matched': matched(rows), 'recovery': recovered,
                'recovery_effects': recovery_effects(recovered), 'forgetting': forgetting(parents)}
     shards.write_json(os.path.join(cfg.out_dir, 'summary.json'), summary)
     return summary
@@ -289,8 +296,9 @@ def equal_loss_table(summary):
     lines = ['| Measure | Contrast | Mean over the shared range | 95% interval | n | p (sign flip) |', '|---' * 6 + '|']
     for m in summary['matched']:
         mean, low, high = m['average']
-        lines.append(f'| {m["measure"]} | {m["attention"]} {" - ".join(m["arms"])}, drope | {mean:+.4f} '
-                     f'| {interval(low, high)} | {m["seeds"]} | {analyze.show(m["p"], ".3f")} |')
+        cells = ('no loss that both reach', '—') if mean is None else (f'{mean:+.4f}', interval(low, high))
+        lines.append(f'| {m["measure"]} | {m["attention"]} {" - ".join(m["arms"])}, drope | {" | ".join(cells)} '
+                     f'| {m["seeds"]} | {analyze.show(m["p"], ".3f")} |')
     return lines if summary['matched'] else []
 
 def recovery_effects_table(summary):
@@ -309,6 +317,22 @@ def order_table(summary):
         if r['stage'] == 'rope' and r['orderedness'] is not None:
             found.setdefault(f'{r["attention"]} {r["order"]}', []).append(r['orderedness'])
     return ['| Order | Orderedness |', '|---|---|', *(f'| {k} | {np.mean(v):.3f} |' for k, v in found.items())]
+
+def controls_table(summary):
+    """The probe after the last layer beside its controls, of runs analysed in full, as Markdown lines."""
+    groups, columns = {}, {'Probe': 'probe', 'Best reference': 'probe_baseline', 'Untrained': 'probe_init',
+                           'Control task': 'probe_control', 'Selectivity': 'probe_selectivity',
+                           'Shuffled labels': 'probe_shuffled', 'Normalised': 'probe_normalised',
+                           'R² of the posterior': 'probe_posterior_r2'}
+    last = lambda v: v[-1] if isinstance(v, list) else v
+    for r in summary['runs']:
+        if r['probe_control']:
+            groups.setdefault(r['condition'] + ('' if r['main'] else f', {r["recal_steps"]} steps'), []).append(r)
+    lines = [f'| Condition | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']
+    for name, rs in groups.items():
+        cells = [number([last(r[key]) for r in rs], '{:.1%}') for key in columns.values()]
+        lines.append(f'| {name} | {" | ".join(cells)} |')
+    return lines if groups else []
 
 def section(title, text, lines):
     """A section of the report; nothing where there are no lines."""
@@ -359,7 +383,11 @@ def write_report(cfg, summary, runs, figures):
         f'(seed {first["seed"]}).', '',
         'Within: attention on keys of the query\'s topic, over queries with a choice; it is high for any local head. '
         'P: topic or contiguity, 0 for a head that knows positions alone. O: topic without contiguity, from other '
-        'segments. Within, all: over all queries, as in the log.', '', '## Paired differences', '',
+        'segments. Within, all: over all queries, as in the log.', '',
+        *section('The probe and its controls', 'After the last layer. Best reference: of majority, token identity and '
+                 'running means of embeddings (or the bag of tokens). Control task: a random label for each token '
+                 'type; selectivity: topics minus that. Shuffled labels: of the middle layer. Normalised: 0 at the '
+                 'best reference, 1 at the Bayes filter.', controls_table(summary)), '## Paired differences', '',
         'Primary, named beforehand: P, (topic - shuffled) under DroPE minus the same under kept RoPE. '
         + (f'The smallest p that {n} seeds can give is {2 / 2 ** n:.3g}.' if n > 1 else 'One seed allows no test.'), '',
         *(line + '\n' for line in verdict(summary)),
@@ -371,7 +399,8 @@ def write_report(cfg, summary, runs, figures):
                  equal_loss_table(summary)),
         *section('Recovery', 'Steps of the longest recalibration until the validation loss is that near to the filter, '
                  'by a straight line between evaluations; — where a seed never gets there.', recovery_table(summary)),
-        *section('Recovery, compared', '-1: in half the steps of the other arm. Exploratory: the p-values stand alone.',
+        *section('Recovery, compared', '-1: in half the steps of the other arm. n: seeds in which both get there, '
+                 'and no others. Exploratory: the p-values stand alone.',
                  recovery_effects_table(summary)),
         *section('Realised order', 'How much the step tells of a row\'s topic: 0 nothing (shuffled rows: what chance '
                  'leaves), 1 everything.', order_table(summary)),
@@ -398,7 +427,7 @@ def publish_file(cfg, source, copy):
         if a['seed'] != 0:
             a['maps'] = []
             if a['circuits']:
-                a['circuits'] = {k: v for k, v in a['circuits'].items() if k not in ('qk', 'ov')}
+                a['circuits'] = {k: v for k, v in a['circuits'].items() if k not in ('qk', 'ov', 'init_spectra')}
         a['words'] = None                                   # running text, which is not ours to publish
         shards.write_text(copy, json.dumps(a, allow_nan=False) + '\n')
     elif source.endswith('summary.md'):
@@ -440,7 +469,8 @@ def clock_text(seconds):
 
 def main(cfg):
     cfg.out_dir = os.path.normpath(cfg.out_dir)
-    for key in ('run', 'seed', 'order', 'cycles', 'cooldown', 'rope', 'n_kv_head', 'keep_rope', 'causal'):
+    for key in ('run', 'seed', 'order', 'cycles', 'cooldown', 'rope', 'n_kv_head', 'keep_rope', 'causal',
+                'recal_data_dir'):
         if key in cfg.overrides:
             raise SystemExit(f'run_experiment.py: {key} = {cfg.overrides[key]!r} is not for an experiment, which takes '
                              f'arms and seeds (now {cfg.arms} and {cfg.seeds})')
@@ -466,7 +496,7 @@ def main(cfg):
             place = done_in(cfg, folder, c, length)
             print(f'  {"done " if place else "to do"}  {c["max_iters"]:>7,} steps  {place or folder}')
         row = cfg.block_size + 1                            # 2 bytes a token, 1 a label, 2 a topic of the posterior
-        n_data = len({('_pure' in arm, seed) for arm, seed in plan})
+        n_data = len({(pure, seed) for arm, seed in plan for pure in {False, '_pure' in arm}})
         data = n_data * row * ((cfg.train_rows + cfg.val_rows) * 3 + cfg.val_rows * cfg.n_topics * 2) / 2**30
         checkpoints = sum(disk_gib(c) for _, c, _ in everything)
         print(f'disk: {checkpoints:.2f} GiB of checkpoints'

@@ -232,6 +232,11 @@ def take_apart(cfg):
                          'logit': {'all': whole, 'own_topic': mine, 'own_token': self_},               # nats
                          'by_topic': torch.where(positions[:, None] > 0, by_topic / positions[:, None], torch.nan)}
 
+    missing = [k for k in range(K) if not positions[k]]
+    if missing:
+        print(f'{cfg.run}: topic {", ".join(map(str, missing))}: no token in these rows after one of another topic, so '
+              'nothing to tell of it (null in lens.json); more --lens_rows may have some')
+
     # ---- one logit, token by token
     at = cfg.lens_position % T
     x, topics = (torch.from_numpy(a[row].astype(np.int64)).to(device) for a in (data.val, data.val_topics))

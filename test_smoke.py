@@ -20,7 +20,7 @@ from test_train import HERE, TINY, dataset, run                      # noqa: F40
 
 EXPERIMENT = """
 data_dir, out_dir = 'data/tiny', 'out/tiny'
-arms = ('mha_shuffled', 'gqa_topic_ordered')
+arms = ('mha_shuffled', 'mha_topic_ordered', 'mha_topic_c4', 'mha_shuffled_pure', 'gqa_topic_ordered')
 chain, beta, n_groups, repeats = 'group', 2.0, 4, False
 n_topics, vocab_size, block_size, min_segment_len = 3, 16, 48, 9
 train_rows, val_rows = 60, 40
@@ -50,9 +50,10 @@ def load(*path):
 def test_experiment(workspace):
     here, printed = workspace
     summary = load(here, 'out/tiny/summary.json')
-    assert len(summary['runs']) == 2 * 2 * (1 + 2 * 2)          # arms x seeds x (rope + {drope, kept} x two lengths)
+    assert len(summary['runs']) == 5 * 2 * (1 + 2 * 2)          # arms x seeds x (rope + {drope, kept} x two lengths)
     assert {r['condition'] for r in summary['runs']} == {
-        f'{arm}_{kind}' for arm in ('mha_shuffled', 'gqa_topic_ordered') for kind in ('rope', 'drope', 'kept')}
+        f'{arm}_{kind}' for arm in ('mha_shuffled', 'mha_topic_ordered', 'mha_topic_c4', 'mha_shuffled_pure',
+                                    'gqa_topic_ordered') for kind in ('rope', 'drope', 'kept')}
     reference = summary['references']
     assert reference['oracle'] < reference['filter'] < reference['bigram'] < reference['uniform']
     assert all(len(r['probe']) == 3 and 0 < r['within'] < 1 and r['entropy'] > 0 for r in summary['runs'])
@@ -61,10 +62,47 @@ def test_experiment(workspace):
     lens = load(here, 'out/tiny/gqa_topic_ordered_drope/seed1/lens.json')
     assert lens['settings']['lens_rows'] == 16 and len(lens['within']['silu']['projection']['chance']) == 5
     assert load(here, 'results/tiny/gqa_topic_ordered_drope/seed1/lens.json')['within'] == lens['within']
-    for name in ('loss', 'scores_p', 'maps', 'probe', 'distance', 'lens', 'strip', 'circuits'):
+    for name in ('loss', 'scores_p', 'maps', 'probe', 'distance', 'lens', 'strip', 'circuits', 'spectra', 'effects',
+                 'matched', 'factors', 'ablation', 'forgetting', 'order', 'free'):
         assert os.path.getsize(f'{here}/out/tiny/figures/{name}.png') > 5000
     report = open(f'{here}/out/tiny/summary.md').read()
     assert 'mha_shuffled_rope' in report and 'figures/loss.png' in report and 'mha_shuffled_rope' in printed
+    for part in ('The probe and its controls', 'Paired differences', 'At equal loss', 'Realised order'):
+        assert f'## {part}\n' in report
+    contrasts = {e['contrast'] for e in summary['effects']}
+    named = ('topic_ordered', 'topic_c4', 'shuffled_pure')
+    assert {f'mha {arm} - shuffled, drope - kept' for arm in named} <= contrasts
+    assert 'MHA: the effect of topic order on P' in report and 'MHA: the effect of topic order on P' in printed
+    assert {tuple(m['arms']) for m in summary['matched']} >= {('topic_ordered', 'shuffled'), ('topic_c4', 'shuffled')}
+
+def test_recalibration_reads_mixed_rows_in_every_arm(workspace):
+    here, _ = workspace
+    config = lambda name: load(here, f'out/tiny/{name}/seed0/config.json')
+    assert config('mha_shuffled_pure_rope')['max_segments'] == 1
+    for kind in ('drope', 'kept'):
+        pure, mixed = config(f'mha_shuffled_pure_{kind}'), config(f'mha_shuffled_{kind}')
+        assert {k for k in pure if pure[k] != mixed[k]} == {'condition', 'parent'} and pure['max_segments'] == 5
+    digests = [torch.load(f'{here}/out/tiny/{arm}_drope/seed0/ckpt.pt', weights_only=True)['rows']
+               for arm in ('mha_shuffled', 'mha_topic_c4', 'mha_shuffled_pure')]
+    assert len(set(digests)) == 1
+
+@pytest.mark.parametrize('script', ['analyze.py', 'tensor_lens.py', 'drope.py'])
+def test_another_dataset_in_its_place(workspace, script, tmp_path):
+    """A run whose dataset was made again with other chains is not measured on those, and says so in one line."""
+    here, kind = workspace[0], 'rope' if script == 'drope.py' else 'drope'
+    shutil.copytree(f'{here}/data/tiny', tmp_path / 'data')
+    shutil.copytree(f'{here}/out/tiny/mha_shuffled_{kind}/seed1', tmp_path / 'run')
+    config = load(tmp_path, 'run/config.json') | {'data_dir': str(tmp_path / 'data')}
+    json.dump(config, open(tmp_path / 'run/config.json', 'w'))
+    meta = load(tmp_path, 'data/seed1/meta.json')
+    json.dump(meta | {'beta': 1.5}, open(tmp_path / 'data/seed1/meta.json', 'w'))
+    done = run(script, f'--run={tmp_path}/run', cwd=here)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'beta = 2.0, there 1.5' in done.stderr
+    json.dump(meta, open(tmp_path / 'data/seed1/meta.json', 'w'))
+    if script != 'drope.py':
+        os.remove(tmp_path / 'run/log.jsonl')
+        done = run(script, f'--run={tmp_path}/run', cwd=here)
+        assert done.returncode == (script == 'analyze.py') and len(done.stderr.splitlines()) == (script == 'analyze.py')
 
 def test_experiment_goes_on_where_it_stopped(workspace):
     here, _ = workspace
@@ -73,9 +111,9 @@ def test_experiment_goes_on_where_it_stopped(workspace):
     shutil.rmtree(f'{here}/out/tiny/gqa_topic_ordered_kept')                   # done all the same: it is published
     os.remove(f'{here}/out/tiny/mha_shuffled_kept/seed1/lens.json')            # done all the same: older runs have none
     plan = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--dry_run=True', cwd=here)
-    assert plan.returncode == 0 and 'to do' not in plan.stdout.split('\n', 1)[1] and '20 runs' in plan.stdout
+    assert plan.returncode == 0 and 'to do' not in plan.stdout.split('\n', 1)[1] and '50 runs' in plan.stdout
     again = run('run_experiment.py', 'tiny.py', '--seeds=0,1', cwd=here)
-    assert again.returncode == 0 and 'to do: 0 of 4' in again.stdout
+    assert again.returncode == 0 and 'to do: 0 of 10' in again.stdout
     assert load(here, 'out/tiny/summary.json')['runs'] == before
     shutil.rmtree(f'{here}/out/tiny/mha_shuffled_drope/seed0')
     shutil.rmtree(f'{here}/results')
@@ -174,7 +212,9 @@ def test_equal_loss():
     assert shifted['average'][0] == pytest.approx(0.11) and shifted['average'][1] > 0.08 and shifted['p'] == 0.25
     assert shifted['loss'][0] == pytest.approx(0.2)
     assert found[('topic_ordered', 'pseudo'), 'probe']['average'][0] == pytest.approx(-0.11)
-    assert not any('topic_c4' in arms for arms, _ in found)
+    never = [m for (arms, _), m in found.items() if 'topic_c4' in arms]
+    assert never and all(m['seeds'] == 0 and m['average'] == (None,) * 3 and m['loss'] == [] for m in never)
+    assert not any(m['seeds'] == 0 for (arms, _), m in found.items() if 'topic_c4' not in arms)
 
 def test_recovery_and_forgetting():
     rows = curve('shuffled', 0, (0.5, 0.1), lambda x: 0)

@@ -537,6 +537,15 @@ def resolve(cfg, meta):
     c = {**shards.parameters(meta), **c}
     return {**c, 'condition': condition(c), 'parent': None, 'recal_steps': None, 'keep_rope': None}
 
+def read_data(c, run):
+    """The dataset of the run folder `run`, whose config is c; stops with one line if its place holds another by now."""
+    data = shards.read(data_folder(c['data_dir'], c['seed']))
+    for key, there in shards.parameters(data.meta).items():
+        if c.get(key) != there and (key != 'seed' or data.meta.get('kind') == 'synthetic'):
+            raise SystemExit(f'{run}: was made on another dataset than {data.folder} holds now ({key} = '
+                             f'{c.get(key)!r}, there {there!r}); make that dataset again, or this run')
+    return data
+
 def check(cfg):
     """Stops with one line at the first setting that can't work."""
     if cfg.order not in ('shuffled', 'topic', 'pseudo'):
