@@ -8,7 +8,13 @@ Six phases: articles (cleaned, without stubs and duplicates), embeddings, cluste
 its work in work_dir under a name made of its parameters: what is done is skipped, what was stopped goes on, and
 another n_topics reuses the embeddings. Topics are labels given to all articles; the tokenizer and the training rows
 come from the training articles alone. 64,000 articles on two CPU cores: see LOG.md.
+
+Machines differ in the last digits of embeddings, so in a few labels, and then in every row. --topics_from=results/wiki
+takes the labels that clusters.json keeps, for the same articles: the same dataset to the byte, without a model.
 """
+import base64
+import contextlib
+import fcntl
 import glob
 import hashlib
 import itertools
@@ -18,6 +24,7 @@ import re
 import sys
 import time
 import unicodedata
+import zlib
 
 import numpy as np
 from tqdm import tqdm
@@ -35,6 +42,7 @@ min_chars = 500                     # shorter articles are stubs
 embedder = 'all-MiniLM-L6-v2'       # sentence-transformers model or local folder; lsa = TF-IDF and SVD, offline
 embed_tokens = 128                  # of an article that the embedder reads, from its beginning
 n_topics = 8                        # clusters
+topics_from = ''                    # folder with clusters.json and topics.md: the same articles get its topics again
 vocab_size = 16_384                 # tokens of the byte-level BPE
 block_size = 512                    # predicted tokens in a row; a row on disk has one more
 val_share = 0.02                    # of the articles: validation
@@ -68,7 +76,23 @@ def parameters(cfg):
             f for f in glob.glob(os.path.join(glob.escape(cfg.embedder), '**'), recursive=True) if os.path.isfile(f)))):
         if files:
             meta[key] = fingerprint(files)
-    return meta
+    return meta | (read_topics(cfg.topics_from, cfg.n_topics)['made_of'] if cfg.topics_from else {})
+
+def read_topics(folder, n_topics):
+    """clusters.json of a folder, its 'labels' as an array uint8 [articles]."""
+    path = os.path.join(folder, 'clusters.json')
+    try:
+        with open(path, encoding='utf-8') as f:
+            found = json.load(f)
+        found['labels'] = np.frombuffer(zlib.decompress(base64.b64decode(found['labels'])), np.uint8)
+        there = found['made_of']['n_topics']
+        os.stat(os.path.join(folder, 'topics.md'))
+    except (OSError, ValueError, KeyError, TypeError, zlib.error) as e:
+        raise SystemExit(f'{path}: no topics there ({type(e).__name__}: {e}); topics_from is a folder with the '
+                         'clusters.json and the topics.md of a dataset that prepare_wiki.py has made') from None
+    if there != n_topics:
+        raise SystemExit(f'{path}: has {there} topics, but n_topics = {n_topics}')
+    return found
 
 def fingerprint(files):
     """A digest of the names and sizes of files, and of the first and the last MiB of each."""
@@ -107,8 +131,11 @@ def place(cfg, name, params):
     digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:10]
     folder = os.path.join(cfg.work_dir, f'{name}-{digest}')
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, 'done.json')
-    done = json.load(open(path)) if os.path.exists(path) else None
+    for left in glob.glob(os.path.join(glob.escape(folder), '*.tmp*')):        # by a run that was killed
+        os.remove(left)
+    done = None
+    with contextlib.suppress(FileNotFoundError, ValueError):        # ValueError: cut short, so it is not done
+        done = json.load(open(os.path.join(folder, 'done.json'), encoding='utf-8'))
     if done:
         print(f'{name:10}done before, in {folder}')
     return folder, done
@@ -154,10 +181,15 @@ def hub(cfg):
         and not cfg.source.endswith(('.parquet', '.jsonl'))
 
 def files_of(cfg):
-    """The files of a local source, sorted; [] where there are none."""
-    at = os.path.join(cfg.source, '**', '*') if os.path.isdir(cfg.source) else cfg.source
-    found = glob.glob(at, recursive=True)
-    return sorted(f for f in found if f.endswith(('.parquet', '.jsonl')) and os.path.isfile(f))
+    """The files of a local source, sorted, without what this script writes itself; [] where there are none."""
+    if os.path.isfile(cfg.source):
+        found = [cfg.source]
+    else:
+        at = os.path.join(glob.escape(cfg.source), '**', '*') if os.path.isdir(cfg.source) else cfg.source
+        found = glob.glob(at, recursive=True)
+    own = tuple(os.path.abspath(place) + os.sep for place in (cfg.work_dir, cfg.data_dir))
+    return sorted(f for f in found if f.endswith(('.parquet', '.jsonl')) and os.path.isfile(f)
+                  and not os.path.abspath(f).startswith(own))
 
 def records(cfg, skip):
     """The rows of the source from number `skip` on: dicts with id, title and text."""
@@ -186,7 +218,7 @@ def records(cfg, skip):
                 for batch in file.iter_batches(500, columns=['id', 'title', 'text']):
                     yield from batch.to_pylist()
         else:
-            with open(path, encoding='utf-8') as f:
+            with open(path, encoding='utf-8-sig') as f:     # with or without a byte order mark
                 for number, line in enumerate(f, 1):
                     if not line.strip():
                         continue
@@ -293,6 +325,8 @@ def embed(cfg, source_folder, folder, n):
             weights = words.fit_transform(texts)
         except ValueError as e:
             raise SystemExit(f'{cfg.source}: lsa finds no words to tell articles apart ({e})') from None
+        if min(weights.shape) < 3:
+            raise SystemExit(f'{cfg.source}: lsa finds no words to tell articles apart, but {weights.shape[1]}')
         svd = TruncatedSVD(min(LSA_DIM, min(weights.shape) - 1), random_state=cfg.seed)
         vectors = normalize(svd.fit_transform(weights)).astype(np.float32)
         save(os.path.join(folder, '00000.npy'), lambda path: np.save(path, vectors))
@@ -346,8 +380,9 @@ def distinctive(texts, labels, n_topics, n_words=15):
     names = counter.get_feature_names_out()
     return [[str(w) for w in names[np.argsort(-row)[:n_words]]] for row in z]
 
-def cluster(cfg, embedder, source_folder, embed_folder, folder, n):
-    """K-means; labels.npy uint8 [n], clusters.json and topics.md for a person."""
+def cluster(made_of, ids, cfg, source_folder, embed_folder, folder, n):
+    """K-means; clusters.json with the labels and what they are `made_of`, topics.md for a person. ids: of the articles,
+    their digest."""
     from sklearn.cluster import KMeans
     from sklearn.manifold import TSNE
     from sklearn.metrics import adjusted_mutual_info_score
@@ -370,22 +405,22 @@ def cluster(cfg, embedder, source_folder, embed_folder, folder, n):
     tsne = TSNE(init='pca', random_state=cfg.seed, perplexity=min(30, (len(sample) - 1) / 3))
     picture = tsne.fit_transform(x[sample])
     shards.write_json(os.path.join(folder, 'clusters.json'), {
-        'embedder': embedder, 'articles': n, 'sizes': sizes.tolist(), 'words': words, 'ami': ami,
+        'made_of': made_of, 'ids': ids, 'articles': n, 'sizes': sizes.tolist(), 'words': words, 'ami': ami,
+        'labels': base64.b64encode(zlib.compress(labels.astype(np.uint8).tobytes(), 9)).decode(),
         'nearest': [[titles[i] for i in which] for which in near], 'largest_share': share,
         'picture': [[round(float(a), 2), round(float(b), 2), int(k)] for (a, b), k in zip(picture, labels[sample])]})
     lines = [f'# {cfg.n_topics} topics of {n:,} articles', '',
-             f'K-means of {embedder} embeddings. Adjusted mutual information between three seeds: '
+             f'K-means of {made_of["embedder"]} embeddings. Adjusted mutual information between three seeds: '
              + ', '.join(f'{a:.2f}' for a in ami) + f'. Largest topic: {share:.0%}.', '']
     for k in range(cfg.n_topics):
         lines += [f'## Topic {k}: {", ".join(words[k][:3])}', '', f'{sizes[k]:,} articles, {sizes[k] / n:.1%}', '',
                   f'Words: {", ".join(words[k])}', '', f'Nearest: {"; ".join(titles[i] for i in near[k])}', '']
     shards.write_text(os.path.join(folder, 'topics.md'), '\n'.join(lines))
-    save(os.path.join(folder, 'labels.npy'), lambda path: np.save(path, labels.astype(np.uint8)))
     if share > 0.3:
         print(f'WARNING: the largest topic holds {share:.0%} of the articles; try another embedder or n_topics')
     print(f'clusters  largest {share:.0%}, adjusted mutual information between seeds '
           + ', '.join(f'{a:.2f}' for a in ami) + f'; {os.path.join(folder, "topics.md")} shows what they are')
-    return finish('clusters', folder, clock, n, 'articles', ami=ami, largest_share=share, sizes=sizes.tolist())
+    return finish('clusters', folder, clock, n, 'articles')
 
 # -----------------------------------------------------------------------------
 # tokens
@@ -538,14 +573,20 @@ def rows_of(pieces, tokens, starts, labels, width, rng):
 def main(cfg):
     """Writes data_dir unless it is there with the same parameters; returns the folder."""
     check(cfg)
-    meta = parameters(cfg)
-    if shards.is_there(cfg.data_dir, meta):
-        shards.read(cfg.data_dir)
-        print(f'{cfg.data_dir} is there, with these parameters')
-        return cfg.data_dir
     try:
+        meta = parameters(cfg)
+        if shards.is_there(cfg.data_dir, meta):
+            shards.read(cfg.data_dir)
+            print(f'{cfg.data_dir} is there, with these parameters')
+            return cfg.data_dir
         os.makedirs(cfg.work_dir, exist_ok=True)
-        return prepare(cfg, meta)
+        with open(os.path.join(cfg.work_dir, 'lock'), 'w') as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # until this process ends, however it ends
+            except BlockingIOError:
+                raise SystemExit(f'{cfg.work_dir}: another prepare_wiki.py is at work there; wait for it, or choose '
+                                 'another --work_dir') from None
+            return prepare(cfg, meta)
     except OSError as e:
         raise SystemExit(f'{e.filename or cfg.work_dir}: {e.strerror or e}; make room or choose another --work_dir; '
                          'the same command goes on') from None
@@ -564,14 +605,30 @@ def prepare(cfg, meta):
     n = facts['kept']
     if n <= cfg.n_topics:
         raise SystemExit(f'{cfg.source}: {n} articles, too few for n_topics={cfg.n_topics}')
+    ids, n_bytes = [], 0
+    for a in articles(source_folder):
+        ids.append(a['id'])
+        n_bytes += len(a['text'].encode())
+    if len(ids) != n:
+        raise damaged(source_folder)
+    if len(set(ids)) < n:
+        print(f'WARNING: {n - len(set(ids)):,} articles have the id of another, so val_ids of meta.json is ambiguous')
+    ids_digest = hashlib.sha256('\n'.join(ids).encode('utf-8', 'replace')).hexdigest()[:16]
 
     embedding = read | {'embedder': meta.get('embedder_digest', cfg.embedder)}
     embedding |= {'seed': cfg.seed} if cfg.embedder == 'lsa' else {'embed_tokens': cfg.embed_tokens}
-    embed_folder, done = place(cfg, 'embed', embedding)
-    done or embed(cfg, source_folder, embed_folder, n)
-    cluster_folder, clusters = place(cfg, 'clusters', embedding | {'n_topics': cfg.n_topics, 'seed': cfg.seed})
-    clusters = clusters or cluster(cfg, meta['embedder'], source_folder, embed_folder, cluster_folder, n)
-    labels = np.load(os.path.join(cluster_folder, 'labels.npy'))
+    topics_folder = cfg.topics_from
+    if not topics_folder:
+        embed_folder, done = place(cfg, 'embed', embedding)
+        done or embed(cfg, source_folder, embed_folder, n)
+        topics_folder, done = place(cfg, 'clusters', embedding | {'n_topics': cfg.n_topics, 'seed': cfg.seed})
+        made_of = {k: meta[k] for k in ('embedder', 'embed_tokens', 'n_topics', 'embedder_digest') if k in meta}
+        done or cluster(made_of, ids_digest, cfg, source_folder, embed_folder, topics_folder, n)
+    clusters = read_topics(topics_folder, cfg.n_topics)
+    if clusters['ids'] != ids_digest:
+        raise SystemExit(f'{topics_folder}: its topics are of {len(clusters["labels"]):,} other articles than these '
+                         f'{n:,}; give the same source, max_articles and min_chars, or leave topics_from out')
+    labels = clusters['labels']
 
     val = np.zeros(n, bool)                                 # the split, by article, before anything is packed
     val[np.random.default_rng([cfg.seed, 0]).permutation(n)[:min(max(1, round(cfg.val_share * n)), n - 1)]] = True
@@ -589,7 +646,7 @@ def prepare(cfg, meta):
             lengths.append(part['lengths'])
     tokens, lengths = np.concatenate(tokens), np.concatenate(lengths)
     if not len(lengths) == len(labels) == n:
-        raise damaged(tokens_folder if len(lengths) != n else cluster_folder)
+        raise damaged(tokens_folder if len(lengths) != n else topics_folder)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     arrays, used = {}, {}
     for name, mask, low, high in (('train', ~val, cfg.min_segments, cfg.max_segments), ('val', val, *VAL_SEGMENTS)):
@@ -609,14 +666,13 @@ def prepare(cfg, meta):
             most = np.bincount(labels[mine], lengths[mine]).max() / total
             print(f'WARNING: {1 - size / total:.1%} of the training tokens are not used; the largest topic has '
                   f'{most:.0%} of them (a half is the most that can be mixed); or lower block_size or min_segment_len')
-    ids, sizes = zip(*((a['id'], len(a['text'].encode())) for a in articles(source_folder)))
     meta['corpus'] = {'articles': n, 'counts': facts['counts'], 'tokens': used,
                       'topics': {k: clusters[k] for k in ('sizes', 'largest_share', 'ami')},
-                      'bytes_per_token': sum(sizes) / len(tokens),
+                      'bytes_per_token': n_bytes / len(tokens),
                       'val_ids': [i for i, is_val in zip(ids, val) if is_val]}
     meta['references'] = {'uniform': float(np.log(cfg.vocab_size)), 'bigram': None, 'filter': None, 'oracle': None}
     shards.write(cfg.data_dir, arrays, meta, {
-        'tokenizer.json': tokenizer_folder, 'clusters.json': cluster_folder, 'topics.md': cluster_folder})
+        'tokenizer.json': tokenizer_folder, 'clusters.json': topics_folder, 'topics.md': topics_folder})
     print(f'rows      {sum(used[k]["used"] for k in used):,} tokens in {time.time() - clock:,.0f} s; {cfg.data_dir}')
     return cfg.data_dir
 

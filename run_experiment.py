@@ -483,6 +483,8 @@ def main(cfg):
     analyze.check(cfg)
     tensor_lens.check(cfg)
     plan = list(dict.fromkeys(itertools.product(cfg.arms, cfg.seeds)))
+    if cfg.data_script == 'prepare_wiki.py':
+        prepare_wiki.check(data_stage(cfg, *plan[0]))
     if cfg.data_script == 'prepare_wiki.py' and not cfg.dry_run:
         make_data(cfg, plan)                                # its bytes are part of what a run is
     runs = {pair: arm_runs(cfg, *pair) for pair in plan}

@@ -9,7 +9,7 @@ import torch
 
 from configurator import at_least, configure
 from model import build, load_weights, read_config, read_finished
-from train import data_folder, machine
+from train import machine, read_data
 
 # -----------------------------------------------------------------------------
 # config
@@ -35,7 +35,8 @@ def continuation(model, ids, n_tokens, temperature, top_k, generator):
             ids = ids + [int(logits.argmax())]
             continue
         best, which = logits.topk(min(top_k, len(logits)))
-        ids = ids + [int(which[torch.multinomial((best / temperature).softmax(0), 1, generator=generator)])]
+        weights = ((best - best[0]) / temperature).softmax(0)              # best[0] is the largest
+        ids = ids + [int(which[torch.multinomial(weights, 1, generator=generator)])]
     return ids
 
 def main(cfg):
@@ -44,12 +45,12 @@ def main(cfg):
     at_least(cfg, n_samples=1, n_tokens=1, top_k=1, temperature=0, seed=0)
     c = read_config(cfg.run)
     ckpt = read_finished(cfg.run, c)
-    path = os.path.join(data_folder(c['data_dir'], c['seed']), 'tokenizer.json')
+    path = os.path.join(read_data(c, cfg.run).folder, 'tokenizer.json')
     if not os.path.exists(path):
         raise SystemExit(f'{path}: missing; only runs on text (prepare_wiki.py) can be sampled')
     from tokenizers import Tokenizer                        # only here
     tokenizer, generator = Tokenizer.from_file(path), torch.Generator().manual_seed(cfg.seed)
-    ids = tokenizer.encode(cfg.prompt).ids
+    ids = tokenizer.encode(cfg.prompt.encode('utf-8', 'replace').decode()).ids     # a shell may give stray bytes
     if not ids:
         raise SystemExit('prompt is empty; give a few words with --prompt="..."')
     model = load_weights(build(c), ckpt, cfg.run).to(machine(cfg.device)[0]).eval()

@@ -193,7 +193,7 @@ def digest(array):
 
 def write_text(path, text):
     """Replace a small file, atomically."""
-    with open(path + '.tmp', 'w') as f:
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
         f.write(text)
     os.replace(path + '.tmp', path)
 

@@ -174,6 +174,9 @@ def test_max_t():
     assert max_t(np.repeat(d[:, :1], 5, axis=1)) == pytest.approx([sign_flip_p(d[:, 0])] * 5)   # copies cost nothing
     rejected = [min(max_t(rng.normal(0, 1, (6, 6)))) <= 0.05 for _ in range(1000)]
     assert np.mean(rejected) < 0.05 + 3 * (0.05 * 0.95 / 1000) ** 0.5      # the family keeps its level
+    alike = lambda: 0.9 * rng.normal(0, 1, (6, 1)) + 0.44 * rng.normal(0, 1, (6, 6))
+    rejected = [min(max_t(alike())) <= 0.05 for _ in range(1000)]          # and where its measures go together
+    assert np.mean(rejected) < 0.05 + 3 * (0.05 * 0.95 / 1000) ** 0.5
     shift = np.array([2.5, 2.5, 0, 0, 0, 0])                               # two of six measures, at 2.5 SD
     both = [max(max_t(rng.normal(0, 1, (6, 6)) + shift)[:2]) <= 0.05 for _ in range(300)]
     print('family-wise', np.mean(rejected), 'both found', np.mean(both))

@@ -1,5 +1,6 @@
 """Wikipedia: cleaning, splitting, packing, restarting, bad input, and the whole chain on articles made here."""
 import errno
+import fcntl
 import glob
 import json
 import os
@@ -10,6 +11,7 @@ import types
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_mutual_info_score
 
@@ -112,7 +114,7 @@ def test_dataset(made):
         counts, tokens = corpus['tokens'][split], getattr(data, split)
         assert counts['used'] == tokens.size and counts['used'] + counts['unused'] == counts['tokens']
     assert corpus['tokens']['train']['used'] >= 0.95 * corpus['tokens']['train']['tokens']
-    labels = np.load(glob.glob(f'{tmp}/work/clusters-*/labels.npy')[0])
+    labels = prepare_wiki.read_topics(f'{tmp}/data', N_TOPICS)['labels']
     assert adjusted_mutual_info_score(labels, [*truth.values()]) > 0.9          # the clusters are the languages
 
     # every piece is text of an article of its own split and topic, and no article is in both
@@ -194,18 +196,18 @@ def test_other_articles_of_that_name(tmp_path):
     refused('is not whole, though it was done; delete that folder', tmp_path, '--n_topics=2')
 
 def test_stopped_anywhere(made, tmp_path, monkeypatch):
-    """Stopped before each file that a phase saves, and within it, and run again: the same dataset, to the byte."""
+    """Stopped before each file that a phase renames, whatever it is, and run again: the same dataset, to the byte."""
     monkeypatch.setattr(prepare_wiki, 'CHUNK', 40)
     write_articles(tmp_path / 'articles.jsonl')
-    real, calls, stops = prepare_wiki.save, 0, 0
-    def save(path, write):
+    real, calls, stops, names = os.replace, 0, 0, set()
+    def replace(temporary, path):
         nonlocal calls
         calls += 1
-        if calls == 2:                                                          # one file a run: then
-            write(f'{path}.tmp{os.path.splitext(path)[1]}')                     # what a kill leaves, not renamed
+        if calls == 2 + stops % 3:                                              # one to three files a run: then
+            names.add(os.path.basename(path))                                   # what a kill leaves, not renamed
             raise KeyboardInterrupt
-        real(path, write)
-    monkeypatch.setattr(prepare_wiki, 'save', save)
+        real(temporary, path)
+    monkeypatch.setattr(os, 'replace', replace)
     while not os.path.exists(tmp_path / 'data'):
         calls = 0
         try:
@@ -213,8 +215,114 @@ def test_stopped_anywhere(made, tmp_path, monkeypatch):
         except SystemExit as stop:
             assert 'the same command goes on' in str(stop)
             stops += 1
-        assert stops < 30
-    assert stops >= 7 and same(made[0], tmp_path)
+        assert stops < 40
+    print(stops, sorted(names))
+    assert stops >= 7 and same(made[0], tmp_path) and len(names) >= 5
+    assert not glob.glob(f'{tmp_path}/work/*/*.tmp*')                           # nor is anything left behind
+
+def test_done_is_only_what_says_so(made, tmp_path):
+    """A done.json that was cut short is none; articles that were lost are noticed, and by their own folder."""
+    write_articles(tmp_path / 'articles.jsonl')
+    shutil.copytree(f'{made[0]}/work', tmp_path / 'work')
+    (where,) = glob.glob(f'{tmp_path}/work/tokenizer-*')
+    open(f'{where}/done.json', 'w').close()
+    open(f'{where}/tokenizer.json.1.tmp.json', 'w').close()                     # of a process that was killed
+    prepare_wiki.main(config(tmp_path))
+    assert not glob.glob(f'{where}/*.tmp*')
+    assert same(made[0], tmp_path) and json.load(open(f'{where}/done.json'))['found'] <= 400
+    shutil.rmtree(tmp_path / 'data')
+    (lost,) = glob.glob(f'{tmp_path}/work/articles-*/00000.jsonl')
+    lines = open(lost, encoding='utf-8').readlines()
+    open(lost, 'w', encoding='utf-8').writelines(lines[:-1])
+    refused(f'{os.path.dirname(lost)}: is not whole', tmp_path)
+
+def test_two_at_once(tmp_path):
+    write_articles(tmp_path / 'articles.jsonl')
+    os.mkdir(tmp_path / 'work')
+    with open(tmp_path / 'work/lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused('another prepare_wiki.py is at work there', tmp_path)
+    prepare_wiki.main(config(tmp_path))
+
+def test_topics_from(made, tmp_path, monkeypatch):
+    """The topics of another run, without its embeddings: the same dataset to the byte; of other articles: refused."""
+    write_articles(tmp_path / 'articles.jsonl')
+    published = tmp_path / 'published'                                          # all that results/ keeps of a dataset
+    os.mkdir(published)
+    for name in ('clusters.json', 'topics.md'):
+        shutil.copy(f'{made[0]}/data/{name}', published)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_wiki, 'embed', None)                              # would be a TypeError
+        patch.setattr(prepare_wiki, 'cluster', None)
+        prepare_wiki.main(config(tmp_path, f'--topics_from={published}'))
+    assert same(made[0], tmp_path)
+    shutil.rmtree(tmp_path / 'data')
+    refused('has 3 topics, but n_topics = 2', tmp_path, f'--topics_from={published}', '--n_topics=2')
+    refused('no topics there', tmp_path, f'--topics_from={tmp_path}')
+    refused('its topics are of 90 other articles than these 89', tmp_path, f'--topics_from={published}',
+            '--max_articles=89')
+
+# -----------------------------------------------------------------------------
+# sources
+
+def test_sources(made, tmp_path, monkeypatch):
+    """The same articles as parquet, as a folder beside the work, as jsonl with a byte order mark, from the hub."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    write_articles(tmp_path / 'articles.jsonl')
+    lines = open(tmp_path / 'articles.jsonl', encoding='utf-8').read()
+    rows = [json.loads(line) | {'id': str(i)} for i, line in enumerate(lines.splitlines())]
+    for folder in ('a', 'b[1]', 'c'):
+        os.mkdir(tmp_path / folder)
+    pq.write_table(pa.Table.from_pylist(rows[:50]), tmp_path / 'a/1.parquet')
+    pq.write_table(pa.Table.from_pylist(rows[50:]), tmp_path / 'a/2.parquet')
+    open(tmp_path / 'b[1]/x[1].jsonl', 'w', encoding='utf-8-sig').write(lines)
+    shutil.copy(tmp_path / 'articles.jsonl', tmp_path / 'c')
+    equal = lambda folder: open(f'{folder}/train.bin', 'rb').read() == open(f'{made[0]}/data/train.bin', 'rb').read()
+    for i, source in enumerate(('a', 'a/*.parquet', 'b[1]', 'b[1]/x[1].jsonl')):
+        prepare_wiki.main(config(tmp_path, f'--data_dir={tmp_path}/d{i}', f'--work_dir={tmp_path}/w{i}', source=source))
+        assert equal(tmp_path / f'd{i}')
+    for _ in range(2):                                                          # its own files are no source
+        inside = (f'--data_dir={tmp_path}/c/data', f'--work_dir={tmp_path}/c/work')
+        assert prepare_wiki.main(config(tmp_path, *inside, source='c')) and equal(tmp_path / 'c/data')
+
+    class Stream(list):
+        """Stands in for a dataset of the hub; the network goes away once, after 60 articles."""
+        column_names, left = list(rows[0]), 60
+        def skip(self, n):
+            return Stream(self[n:])
+        def __iter__(self):
+            for row in list.__iter__(self):
+                if Stream.left == 0:
+                    Stream.left = -1
+                    raise ConnectionError('the network is gone')
+                Stream.left -= Stream.left > 0
+                yield row
+    monkeypatch.setattr(prepare_wiki, 'CHUNK', 40)
+    monkeypatch.setitem(sys.modules, 'datasets', types.SimpleNamespace(load_dataset=lambda *a, **kw: Stream(rows)))
+    flags = ('--source=some/articles', f'--data_dir={tmp_path}/hub', f'--work_dir={tmp_path}/work_hub')
+    with pytest.raises(SystemExit, match='cannot be read from the hub .the network is gone.*the same command goes on'):
+        prepare_wiki.main(config(tmp_path, *flags))
+    prepare_wiki.main(config(tmp_path, *flags))
+    assert equal(tmp_path / 'hub')
+    Stream.column_names = ['id', 'text']
+    with pytest.raises(SystemExit, match='no column title'):
+        prepare_wiki.main(config(tmp_path, '--source=some/others', f'--data_dir={tmp_path}/x'))
+
+def test_tokenizer_has_not_seen_validation(tmp_path):
+    """A word that is frequent in validation articles alone is no token; in training articles alone it is one."""
+    from tokenizers import Tokenizer
+    write_articles(tmp_path / 'articles.jsonl')
+    rows = [json.loads(line) for line in open(tmp_path / 'articles.jsonl')]
+    val = np.zeros(90, bool)
+    val[np.random.default_rng([0, 0]).permutation(90)[:18]] = True              # as prepare_wiki.py splits them
+    for row, is_val in zip(rows, val):
+        row['text'] += (' xyzzyv' if is_val else ' xyzzyt') * 30
+    open(tmp_path / 'articles.jsonl', 'w').writelines(json.dumps(row) + '\n' for row in rows)
+    prepare_wiki.main(config(tmp_path))
+    assert set(shards.read_meta(f'{tmp_path}/data')['corpus']['val_ids']) == {str(i) for i in np.flatnonzero(val)}
+    encode = Tokenizer.from_file(f'{tmp_path}/data/tokenizer.json').encode
+    assert len(encode(' xyzzyt').ids) == 1 and len(encode(' xyzzyv').ids) > 1
 
 def test_stopped_embedding(tmp_path, monkeypatch):
     """A model that is stopped in its second file begins there again, and its vectors are the undisturbed ones."""
@@ -279,6 +387,9 @@ def test_bad_input(tmp_path):
     (tmp_path / 'sums.jsonl').write_text(''.join(
         json.dumps({'id': i, 'title': str(i), 'text': ' '.join(map(str, range(i, 200 + i)))}) + '\n' for i in range(9)))
     refused('hold no words to tell topics by', tmp_path, source='sums.jsonl')
+    (tmp_path / 'one.jsonl').write_text(''.join(
+        json.dumps({'id': i, 'title': 'word', 'text': 'word ' * (40 + i)}) + '\n' for i in range(9)))
+    refused('lsa finds no words', tmp_path, source='one.jsonl')
     refused('embedder is empty', tmp_path, '--embedder=')
     refused('cannot be loaded', tmp_path, f'--embedder={tmp_path}/no_model')
     refused('do not fit in 97 tokens', tmp_path, '--min_segment_len=60')
@@ -345,12 +456,51 @@ def test_experiment(experiment):
     assert '## What the most topical heads read' in report and 'words.png' in report
 
 def test_published_holds_no_text(experiment):
-    place = f'{experiment}/results/wiki_small'
-    assert json.load(open(f'{place}/mha_shuffled_rope/seed0/analysis.json'))['words'] is None
+    """Nothing from which a row could be read: no words, no strips, no tokens in running order."""
+    place, out = f'{experiment}/results/wiki_small', f'{experiment}/out/wiki_small'
+    words = json.load(open(f'{out}/mha_shuffled_rope/seed0/analysis.json'))['words']
+    strip = json.load(open(f'{out}/mha_shuffled_rope/seed0/lens.json'))['strip']
+    lenses, analyses = (glob.glob(f'{place}/**/{name}.json', recursive=True) for name in ('lens', 'analysis'))
+    assert len(lenses) == len(analyses) == 6 and strip['tokens'] and len(words['tokens']) == 96
+    assert all(json.load(open(path))['strip'] is None for path in lenses)
+    assert all(json.load(open(path))['words'] is None for path in analyses)
     assert not os.path.exists(f'{place}/figures/words.png') and 'words.png' not in open(f'{place}/summary.md').read()
-    line = json.loads(open(f'{experiment}/articles.jsonl').readline())['text'][:40]
-    for path in glob.glob(f'{place}/**/*.*', recursive=True):
-        assert line.encode() not in open(path, 'rb').read()
+    squeeze = lambda text: ''.join(text.split())
+    traces = [squeeze(json.dumps(words['tokens'][:12])[1:-1]), squeeze(json.dumps(strip['tokens'][:12])[1:-1]),
+              squeeze(''.join(words['tokens'][:12]))]
+    texts = [squeeze(open(path, encoding='utf-8').read()) for path in glob.glob(f'{place}/**/*', recursive=True)
+             if os.path.isfile(path) and not path.endswith('.png')]
+    assert texts and not any(trace in text for trace in traces for text in texts)
+    own = squeeze(open(f'{out}/mha_shuffled_rope/seed0/analysis.json', encoding='utf-8').read())
+    assert traces[0] in own                                                     # the search finds what is there
+
+def test_what_heads_read(experiment):
+    """The table of `reading`, for the most topical head, summed pair by pair."""
+    folder = f'{experiment}/out/wiki_small/mha_shuffled_rope/seed0'
+    attends = json.load(open(f'{folder}/analysis.json'))['attends']
+    from tokenizers import Tokenizer
+    from model import load
+    decode = Tokenizer.from_file(f'{experiment}/data/wiki_small/tokenizer.json').decode
+    model, data, head = load(folder), shards.read(f'{experiment}/data/wiki_small'), attends[0]
+    x, z = (torch.from_numpy(a[6:12, :-1].astype(np.int64)) for a in (data.val, data.val_topics))    # the other half
+    with torch.no_grad():
+        pattern = [p for _, p in model.trace(x) if p is not None][head['layer']][:, head['head']].double()
+    mass, chance, count = np.zeros(400), np.zeros(400), np.bincount(x.flatten(), minlength=400)
+    same = same_chance = 0.0
+    for row in range(6):
+        for t in range(96):
+            for s in range(1, t - 15):
+                a, u, key = pattern[row, t, s].item(), 1 / (t + 1), x[row, s].item()
+                mass[key], chance[key] = mass[key] + a, chance[key] + u
+                if z[row, t] == z[row, s]:
+                    same, same_chance = same + a, same_chance + u
+    assert head['same'] == pytest.approx(same / mass.sum(), rel=1e-3)
+    assert head['same_uniform'] == pytest.approx(same_chance / chance.sum(), rel=1e-3)
+    ratio = np.divide(mass / mass.sum(), chance / chance.sum(), out=np.zeros(400), where=chance > 0)
+    ratio[count < 5] = 0
+    expected = [[decode([int(j)]), ratio[j]] for j in np.argsort(-ratio)[:12] if ratio[j] > 0]
+    assert sorted(r for _, r in head['tokens']) == pytest.approx(sorted(r for _, r in expected), rel=1e-3)
+    assert len({t for t, _ in head['tokens']} & {t for t, _ in expected}) >= 11          # but for ties
 
 def test_sample(experiment):
     at = '--run=out/wiki_small/mha_shuffled_rope/seed0'
@@ -362,6 +512,15 @@ def test_sample(experiment):
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     done = run('sample.py', at, '--prompt=', cwd=experiment)
     assert done.returncode == 1 and 'prompt is empty' in done.stderr
+    done = run('sample.py', at, '--prompt=abc', '--n_tokens=5', '--temperature=1e-40', cwd=experiment)
+    likeliest = run('sample.py', at, '--prompt=abc', '--n_tokens=5', '--temperature=0', cwd=experiment)
+    assert done.returncode == 0 and done.stdout == likeliest.stdout
+    meta = f'{experiment}/data/wiki_small/meta.json'                            # made again, with another tokenizer
+    before = open(meta).read()
+    open(meta, 'w').write(before.replace(json.loads(before)['files']['train.bin']['sha256'], 'f' * 64))
+    done = run('sample.py', at, cwd=experiment)
+    open(meta, 'w').write(before)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'another dataset' in done.stderr
 
 # -----------------------------------------------------------------------------
 # the real thing
