@@ -220,7 +220,8 @@ def analyse(cfg):
     c, model, data, device = open_finished(cfg)
     try:
         records = [json.loads(line) for line in open(os.path.join(cfg.run, 'log.jsonl'))]
-    except (OSError, ValueError):
+        records[-1]['val_loss']
+    except (OSError, ValueError, LookupError):
         raise SystemExit(f'{cfg.run}/log.jsonl: missing or not whole; delete that folder and train again') from None
     n_rows, T, L, H = min(cfg.analysis_rows, len(data.val)), c['block_size'], c['n_layer'], c['n_head']
     if n_rows < 4:

@@ -5,14 +5,14 @@ Drop RoPE from a trained run and recalibrate (DroPE, arXiv 2512.12167); or keep 
     python drope.py --run=out/single/mha_topic_ordered_rope/seed0 --recal_iters=0.1 --keep_rope=True
 
 The parent's weights, no positions (or the same positions), a fresh optimizer and schedule, shuffled rows: the same
-rows, steps and rates for every arm of a seed, also for those that were trained on pure windows. The first length goes
-to ..._drope/seed<k>/ (or ..._kept/seed<k>/) beside the parent, further ones to recal_<steps>/ inside it; each is a
-schedule of its own from the same parent.
+rows, steps and rates for every arm of a seed (what was trained on pure windows is given the mixed rows of the others
+with --recal_data_dir, as run_experiment.py does). The first length goes to ..._drope/seed<k>/ (or ..._kept/seed<k>/)
+beside the parent, further ones to recal_<steps>/ inside it; each is a schedule of its own from the same parent.
 """
 import os
 
 import shards
-from configurator import configure
+from configurator import block, configure
 from model import build, load_weights, read_config, read_finished
 from train import RAISE_GRAD_ACCUM, data_folder, dominant_topic, fit, machine, memory_errors, read_data, row_order
 
@@ -50,7 +50,8 @@ def recal_folder(parent, length, main_length, parent_steps, keep_rope):
 
 def recal_config(parent_config, parent, steps, keep_rope, lr_scale, data_dir, meta):
     """The parent's config with what recalibration changes; data_dir, meta: of the rows it reads."""
-    c = parent_config | {k: v for k, v in shards.parameters(meta).items() if k != 'seed'} | {'data_dir': data_dir}
+    rows = {k: v for k, v in shards.parameters(meta).items() if k not in block('train.py')}
+    c = parent_config | rows | {'data_dir': data_dir}
     name = c['condition'].removesuffix('_rope') + ('_kept' if keep_rope else '_drope')
     return {**c, 'condition': name, 'parent': parent, 'max_iters': steps, 'recal_steps': steps, 'keep_rope': keep_rope,
             'rope': keep_rope, 'order': 'shuffled', 'cycles': 1, 'cooldown': 0.0, 'parent_order': c['order'],

@@ -17,7 +17,7 @@ from safetensors.torch import save
 import shards
 from configurator import configure
 from model import build, load_weights, read_config, read_finished
-from train import data_folder
+from train import data_folder, read_data
 
 # -----------------------------------------------------------------------------
 # config
@@ -70,6 +70,8 @@ def main(cfg):
     c = read_config(cfg.run)
     model = load_weights(build(c), read_finished(cfg.run, c), cfg.run)
     tokenizer = os.path.join(data_folder(c['data_dir'], c['seed']), 'tokenizer.json')
+    if os.path.exists(tokenizer):
+        read_data(c, cfg.run)                                               # not the tokenizer of another dataset
     special = special_tokens(tokenizer, c['vocab_size'])
     with shards.new_folder(cfg.out_dir) as folder:
         with open(os.path.join(folder, 'model.safetensors'), 'wb') as f:

@@ -52,7 +52,8 @@ CAPTIONS = {
                  'not distances); a colour is a topic of K-means.'),
     'distance': ('How soon the topic is known', 'Linear probe after the last layer. The Bayes filter, best overall, '
                  'still expects the old topic right after a boundary.'),
-    'spectra': ('Singular values over the largest', 'Mean over heads. Solid: RoPE, dotted: DroPE, grey: at init.'),
+    'spectra': ('Singular values over the largest', 'Mean over heads. Solid: RoPE, dotted: DroPE; '
+                'grey, where kept: at init.'),
     'effects': ('Paired effects of the order', 'Bars: 95% interval, p: sign flips, unadjusted. Shaded: main.'),
     'matched': ('At equal loss', 'Above: a line is a seed through its lengths of recalibration, larger dots: longer. '
                 'Below, under DroPE: an arm minus shuffled (dashed: minus pseudo). Bands, with few orders: 95% '
@@ -446,7 +447,7 @@ def plot_spectra(cfg, exp, runs):
                 y = (s[:, l] / s[:, l].max(-1, keepdims=True)).mean((0, 1))
                 ax.plot(range(1, len(y) + 1), y, STAGES[stage][1], lw=1.5, color=shades(l))
         init = [r['ana']['circuits'].get('init_spectra') for r in pick(runs, order=order, stage='rope')]
-        if init and init[0]:                                # analyses before 2026-11-25 have none
+        if any(init):                                       # analyses before 2026-11-25 have none
             y = mean([i[name[:2].lower()] for i in init if i])
             ax.plot(range(1, len(y) + 1), y, color=GREY, lw=1, zorder=0)
         ax.set(title=plain(f'{runs[0]["attn"]} {order}: ') + name, xlabel='rank', ylabel='value', ylim=(0, 1.02))
@@ -504,9 +505,13 @@ def plot_lens(cfg, exp, runs):
             ax.plot(L + 1, mean(y)[-1], 'D', color=c, ms=4, zorder=3)
             ax.plot(L + 1, mean(chance)[-1], 'D', color=GREY if above else c, ms=4, mfc='white', mew=.8)
         ax.set(xlim=(-.2, L + 1.3), title=plain(f'{attn}, {stage}'), xlabel='layers passed',
-               ylabel='above chance, other tokens' if above else 'share, all tokens')
+               ylabel='above chance,\nother tokens' if above else 'share,\nall tokens')
         if not above:
             ax.set_ylim(0, 1.04)
+        elif max(map(abs, ax.get_ylim())) > .3:             # one arm far off would flatten all the others
+            ax.set_yscale('symlog', linthresh=.05, linscale=1.5)
+            ax.set_yticks((-.05, 0, .05, .5), ('-.05', '0', '.05', '.5'))
+            ax.minorticks_off()
         ax.set_xticks([*range(0, L + 1, 1 + L // 6), L + 1], [*range(0, L + 1, 1 + L // 6), 'logit'])
         ax.label_outer()
     mark = {'marker': 'D', 'ls': '', 'ms': 4}

@@ -70,13 +70,15 @@ def parameters(cfg):
     meta = {'kind': 'wiki', **{key: getattr(cfg, key) for key in keys}}
     if not hub(cfg):
         meta['source'] = os.path.basename(os.path.normpath(cfg.source))
+    if not hub(cfg) and files_of(cfg):
+        meta['source_digest'] = fingerprint(files_of(cfg))
+    if cfg.topics_from:
+        return meta | read_topics(cfg.topics_from, cfg.n_topics)['made_of']
     if os.path.isdir(cfg.embedder):
         meta['embedder'] = os.path.basename(os.path.normpath(cfg.embedder))
-    for key, files in (('source_digest', [] if hub(cfg) else files_of(cfg)), ('embedder_digest', sorted(
-            f for f in glob.glob(os.path.join(glob.escape(cfg.embedder), '**'), recursive=True) if os.path.isfile(f)))):
-        if files:
-            meta[key] = fingerprint(files)
-    return meta | (read_topics(cfg.topics_from, cfg.n_topics)['made_of'] if cfg.topics_from else {})
+        files = glob.glob(os.path.join(glob.escape(cfg.embedder), '**'), recursive=True)
+        meta['embedder_digest'] = fingerprint(sorted(f for f in files if os.path.isfile(f)))
+    return meta
 
 def read_topics(folder, n_topics):
     """clusters.json of a folder, its 'labels' as an array uint8 [articles]."""
@@ -85,11 +87,12 @@ def read_topics(folder, n_topics):
         with open(path, encoding='utf-8') as f:
             found = json.load(f)
         found['labels'] = np.frombuffer(zlib.decompress(base64.b64decode(found['labels'])), np.uint8)
-        there = found['made_of']['n_topics']
+        there, _ = found['made_of']['n_topics'], found['ids']
         os.stat(os.path.join(folder, 'topics.md'))
     except (OSError, ValueError, KeyError, TypeError, zlib.error) as e:
         raise SystemExit(f'{path}: no topics there ({type(e).__name__}: {e}); topics_from is a folder with the '
-                         'clusters.json and the topics.md of a dataset that prepare_wiki.py has made') from None
+                         'clusters.json and the topics.md of a dataset that prepare_wiki.py has made (and a folder '
+                         'of work_dir from before 2026-11-25 is to be deleted)') from None
     if there != n_topics:
         raise SystemExit(f'{path}: has {there} topics, but n_topics = {n_topics}')
     return found
@@ -164,8 +167,13 @@ def articles(folder):
     """{'id', 'title', 'text', ...} of every article kept, one after the other."""
     for path in chunks(folder, '.jsonl'):
         with open(path, encoding='utf-8') as f:
-            next(f)                                         # how far the source was read
-            yield from map(json.loads, f)
+            for number, line in enumerate(f):
+                try:
+                    article = json.loads(line)
+                except ValueError:
+                    raise damaged(folder) from None
+                if number:                                  # the first tells how far the source was read
+                    yield article
 
 def rest_of(folder, done):
     """(number, articles) of each file of CHUNK articles that a phase has still to make: the first `done` are there."""
@@ -187,9 +195,8 @@ def files_of(cfg):
     else:
         at = os.path.join(glob.escape(cfg.source), '**', '*') if os.path.isdir(cfg.source) else cfg.source
         found = glob.glob(at, recursive=True)
-    own = tuple(os.path.abspath(place) + os.sep for place in (cfg.work_dir, cfg.data_dir))
-    return sorted(f for f in found if f.endswith(('.parquet', '.jsonl')) and os.path.isfile(f)
-                  and not os.path.abspath(f).startswith(own))
+    own = re.compile(r'articles-[0-9a-f]{10}.\d{5}\.jsonl$')
+    return sorted(f for f in found if f.endswith(('.parquet', '.jsonl')) and os.path.isfile(f) and not own.search(f))
 
 def records(cfg, skip):
     """The rows of the source from number `skip` on: dicts with id, title and text."""
@@ -577,6 +584,11 @@ def main(cfg):
         meta = parameters(cfg)
         if shards.is_there(cfg.data_dir, meta):
             shards.read(cfg.data_dir)
+            if cfg.topics_from:
+                labels = [read_topics(f, cfg.n_topics)['labels'] for f in (cfg.data_dir, cfg.topics_from)]
+                if not np.array_equal(*labels):
+                    raise SystemExit(f'{cfg.data_dir}: its articles have other topics than those of {cfg.topics_from}; '
+                                     'delete it or choose another data_dir')
             print(f'{cfg.data_dir} is there, with these parameters')
             return cfg.data_dir
         os.makedirs(cfg.work_dir, exist_ok=True)

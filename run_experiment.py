@@ -102,7 +102,8 @@ def train_stage(cfg, arm, seed):
 def arm_runs(cfg, arm, seed):
     """The runs of an arm and seed, in the order they are made: [(folder, config, recalibration length or None)]."""
     c = train.resolve(train_stage(cfg, arm, seed), data_meta(cfg, data_stage(cfg, arm, seed)))
-    mixed = data_meta(cfg, data_stage(cfg, arm.replace('_pure', ''), seed))
+    mixed = data_stage(cfg, arm.replace('_pure', ''), seed)     # what every arm is recalibrated on
+    mixed_meta = data_meta(cfg, mixed)
     folder = os.path.join(cfg.out_dir, c['condition'], f'seed{seed}')
     runs = [(folder, c, None)]
     if c['rope']:
@@ -111,7 +112,8 @@ def arm_runs(cfg, arm, seed):
                 continue                                    # kept and trained no further is the parent
             steps = drope.recal_steps(length, c['max_iters'])
             runs.append((drope.recal_folder(folder, length, cfg.recal_iters[0], c['max_iters'], keep),
-                         drope.recal_config(c, folder, steps, keep, cfg.recal_lr_scale, cfg.data_dir, mixed), length))
+                         drope.recal_config(c, folder, steps, keep, cfg.recal_lr_scale, mixed.data_dir, mixed_meta),
+                         length))
     return runs
 
 def published(cfg, folder=None):
@@ -158,7 +160,7 @@ def run_arm(cfg, arm, seed):
         train.main(train_stage(cfg, arm, seed))
     for folder, c, length in todo:
         if length is not None:
-            mine = {'run': parent, 'keep_rope': c['keep_rope'], 'recal_data_dir': cfg.data_dir}
+            mine = {'run': parent, 'keep_rope': c['keep_rope'], 'recal_data_dir': c['data_dir']}
             drope.recalibrate(stage(cfg, 'drope.py', **mine), length)
         analysis = analysis_stage(cfg, folder, length)
         if not analysis.light:

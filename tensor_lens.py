@@ -234,8 +234,8 @@ def take_apart(cfg):
 
     missing = [k for k in range(K) if not positions[k]]
     if missing:
-        print(f'{cfg.run}: topic {", ".join(map(str, missing))}: no token in these rows after one of another topic, so '
-              'nothing to tell of it (null in lens.json); more --lens_rows may have some')
+        print(f'{cfg.run}: topic {", ".join(map(str, missing))}: no token that counts (after one of another topic, in '
+              'a row that has another with as many runs); null in lens.json, more --lens_rows may have some')
 
     # ---- one logit, token by token
     at = cfg.lens_position % T

@@ -1,4 +1,5 @@
 """Wikipedia: cleaning, splitting, packing, restarting, bad input, and the whole chain on articles made here."""
+import base64
 import errno
 import fcntl
 import glob
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import types
+import zlib
 
 import numpy as np
 import pytest
@@ -256,6 +258,14 @@ def test_topics_from(made, tmp_path, monkeypatch):
         patch.setattr(prepare_wiki, 'cluster', None)
         prepare_wiki.main(config(tmp_path, f'--topics_from={published}'))
     assert same(made[0], tmp_path)
+    found = json.load(open(published / 'clusters.json'))
+    labels = np.frombuffer(zlib.decompress(base64.b64decode(found['labels'])), np.uint8)
+    found['labels'] = base64.b64encode(zlib.compress(labels[::-1].tobytes())).decode()
+    os.mkdir(tmp_path / 'other')
+    json.dump(found, open(tmp_path / 'other/clusters.json', 'w'))
+    shutil.copy(published / 'topics.md', tmp_path / 'other')
+    with pytest.raises(SystemExit, match='its articles have other topics than those of'):
+        prepare_wiki.main(config(tmp_path, f'--topics_from={tmp_path}/other'))
     shutil.rmtree(tmp_path / 'data')
     refused('has 3 topics, but n_topics = 2', tmp_path, f'--topics_from={published}', '--n_topics=2')
     refused('no topics there', tmp_path, f'--topics_from={tmp_path}')
