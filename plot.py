@@ -32,7 +32,7 @@ MEASURES = {'score_p': ('score P', 'log ratio'), 'score_o': ('score O', 'log rat
             'probe': ('topic probe', 'accuracy'), 'val_loss': ('validation loss', 'nats per token'),
             'within': ('within-topic attention', 'share'), 'entropy': ('attention entropy', 'nats')}
 GREY, BAR = '#666666', dict(aspect=30, fraction=.03, pad=.015)  # BAR: a slim colour bar
-NOTES = {r'_c\d': '×4: four rounds of the topics.', '_cd': 'cd20: the last 20% shuffled.',
+NOTES = {r'_c\d': '×4: four rounds of the topics.', '_cd': 'cd20: the last 20% shuffled (cd5: 5%).',
          '_pure': 'pure: one segment a window.'}          # added to captions where an order is named so
 CAPTIONS = {
     'loss': ('Loss', 'Bold: validation. Faint, with few orders: training, first seed. Dashed: RoPE kept, '
@@ -53,8 +53,8 @@ CAPTIONS = {
     'distance': ('How soon the topic is known', 'Linear probe after the last layer. The Bayes filter, best overall, '
                  'still expects the old topic right after a boundary.'),
     'spectra': ('Singular values over the largest', 'Mean over heads. Solid: RoPE, dotted: DroPE; '
-                'grey, where kept: at init.'),
-    'effects': ('Paired effects of the order', 'Bars: 95% interval, p: sign flips, unadjusted. Shaded: main.'),
+                'grey: at init, where the analysis has it.'),
+    'effects': ('Paired effects of the order', 'Bars: 95% interval, p: sign flips, unadjusted. Shaded: primary.'),
     'matched': ('At equal loss', 'Above: a line is a seed through its lengths of recalibration, larger dots: longer. '
                 'Below, under DroPE: an arm minus shuffled (dashed: minus pseudo). Bands, with few orders: 95% '
                 'interval.'),
@@ -73,7 +73,8 @@ CAPTIONS = {
     'forgetting': ('Forgetting between visits', 'Validation loss of a topic minus its loss in the shuffled arm at the '
                    'same step, by steps since it was last in the training rows.'),
     'recovery': ('How fast the loss recovers', 'Steps of the longest recalibration until the loss comes so close to '
-                 'the Bayes filter. Faint: seeds; bold: their mean, where all of them do.'),
+                 'the Bayes filter. Faint: seeds; bold: their mean, where all of them do. Arms that never left it are '
+                 'not drawn.'),
     'free': ('What positions alone explain', 'A dot is a head of a seed: overlap of its attention with the best '
              'content-free pattern, against that with its mean pattern, the ceiling.'),
     'compare': ('Side by side', 'Upper half: arms, small: seeds. Lower half: paired differences, 95% '
@@ -424,10 +425,13 @@ def plot_probe(cfg, exp, runs, name='probe'):
             ends += [(v, plain(label), c) for v in y[np.isfinite(y)][-1:]]
         ax.set(ylim=(0, 1.02), title=plain(f'{attn}, {stage}'), ylabel='probe accuracy',
                xlabel='layers passed' if name == 'probe' else 'tokens since the boundary')
-        ax.set_xticks(range(len(ticks)), ticks)
+        ax.set_xticks(range(len(ticks)), ticks, fontsize=6.5 if len(ticks) > 7 and len(stages) > 2 else None)
         ax.label_outer()
         if stage == present(pick(runs, attn=attn), 'stage')[-1]:
             end_labels(ax, ends)
+            unnamed = len(present(group, 'order')) < len(present(runs, 'order'))
+    if unnamed:                                             # the last panel has not all of them
+        legend(fig, looks(exp, runs, stages=False))
     return save(fig, cfg, exp, name)
 
 def plot_distance(cfg, exp, runs):
@@ -460,6 +464,7 @@ def plot_circuits(cfg, exp, runs):
     get = {'QK rank': lambda c, d: c['qk_rank'].get(d), 'OV rank': lambda c, d: c['ov_rank'] if d == '0' else None,
            'QK alignment': lambda c, d: c['alignment']['key'].get(d),
            'OV alignment': lambda c, d: c['alignment']['written'] if d == '0' else None}
+    runs = [r for r in runs if r['order'] in cfg.map_orders] if exp['many'] else runs
     attns, shades, L = present(runs, 'attn'), {'0': 1, '1': .6, '16': .3}, len(runs[0]['ana']['circuits']['ov_rank'])
     fig, axes = canvas(cfg, exp, 'circuits', 2 * len(attns), 2, 2.1, sharex=True, sharey='row')
     for ax, (attn, name) in zip(axes.flat, itertools.product(attns, get)):
@@ -510,8 +515,10 @@ def plot_lens(cfg, exp, runs):
             ax.set_ylim(0, 1.04)
         elif max(map(abs, ax.get_ylim())) > .3:             # one arm far off would flatten all the others
             ax.set_yscale('symlog', linthresh=.05, linscale=1.5)
-            ax.set_yticks((-.05, 0, .05, .5), ('-.05', '0', '.05', '.5'))
+            ax.set_yticks((-.05, 0, .05, .5), ('−0.05', '0', '0.05', '0.5'))
             ax.minorticks_off()
+            ax.set_ylabel('above chance,\nother tokens\n(log from 0.05)')
+            ax.label_outer()
         ax.set_xticks([*range(0, L + 1, 1 + L // 6), L + 1], [*range(0, L + 1, 1 + L // 6), 'logit'])
         ax.label_outer()
     mark = {'marker': 'D', 'ls': '', 'ms': 4}
@@ -525,7 +532,8 @@ def plot_strip(cfg, exp, runs):
     first = {(r['order'], r['stage']): r['lens'] for r in reversed(runs) if r['order'] in orders}  # the first seed's
     arms = [k for k in itertools.product(orders, STAGES) if k in first]
     fig, axes = canvas(cfg, exp, 'strip', len(arms), 1, 1.15, sharex=True, sharey=True)
-    top = max(np.abs(l['strip']['contribution'][l['gate']][:-1] + [1e-3]).max() for l in first.values())
+    shown = np.concatenate([l['strip']['contribution'][l['gate']][:-1] + [1e-3] for l in first.values()])
+    top, bottom = np.abs(shown).max(), min(-.2 * np.abs(shown).max(), 1.1 * shown.min())
     for ax, (order, stage) in zip(axes.flat, arms):
         strip = first[order, stage]['strip']
         y, z = np.array(strip['contribution'][first[order, stage]['gate']]), np.array(strip['topics']) % len(TOPICS)
@@ -533,11 +541,12 @@ def plot_strip(cfg, exp, runs):
         ax.axhline(0, color=GREY, lw=.6)
         edges = [0, *np.flatnonzero(np.diff(z)) + 1, len(z)]
         for a, b in zip(edges, edges[1:]):
-            ax.text((a + b - 1) / 2, 1.25 * top, f'{y[a:b].sum():+.2f}', ha='center', va='center', fontsize=8)
+            ax.text((a + b - 1) / 2, 1.25 * top, f'{round(y[a:b].sum(), 2) + 0:+.2f}', ha='center', va='center',
+                    fontsize=8)
         inset = ax.inset_axes([0, -.1, 1, .09])
         inset.imshow(z[None], cmap=ListedColormap(TOPICS), vmin=0, vmax=len(TOPICS) - 1, aspect='auto')
         inset.set_axis_off()
-        ax.set(xlim=(-.5, len(z) - .5), ylim=(-1.1 * top, 1.45 * top), ylabel='nats')
+        ax.set(xlim=(-.5, len(z) - .5), ylim=(bottom, 1.45 * top), ylabel='nats')
         ax.set_title(plain(f'{runs[0]["attn"]} {order}, {stage}: logit {strip["logit"]:+.2f}, own token {y[-1]:+.2f}'),
                      color=exp['colour'][order])
         ax.tick_params(axis='x', length=0, pad=7)
@@ -616,8 +625,11 @@ def plot_matched(cfg, exp, matched):
             low.locator_params(axis='x', nbins=5)
         low.set(title=f'difference in {label}', ylabel=MEASURES[m][1],
                 xlabel='loss above the Bayes filter (nats)' if bayes else 'validation loss (nats)')
-        top.set(title=plain(f'{attn}, ') + label + (m == 'probe') * f', layer {exp["layer"]}', ylabel=MEASURES[m][1])
+        top.set(title=plain(f'{attn}, ') + label + (m == 'probe') * f', layer {exp["layer"]}', ylabel=MEASURES[m][1],
+                xlabel=low.get_xlabel())
     marks = {'RoPE': {'marker': 'D', 'ls': ''}, 'kept': {'ls': '--'}, 'DroPE': {'ls': ':', 'marker': 'o', 'ms': 4}}
+    if pick(exp['rows'], stage='nope'):
+        marks['NoPE'] = {'marker': 's', 'ls': ''}
     legend(fig, looks(exp, exp['rows'], stages=False) | marks)
     return save(fig, cfg, exp, 'matched')
 
@@ -716,6 +728,7 @@ def plot_forgetting(cfg, exp, rows):
     return save(fig, cfg, exp, 'forgetting')
 
 def plot_recovery(cfg, exp, rows):
+    rows = [r for r in rows if r['stage'] == 'drope' or any(s or s is None for s in r['steps'])]
     attns, least = present(rows, 'attn'), min([s for r in rows for s in r['steps'] if s], default=1)
     fig, axes = canvas(cfg, exp, 'recovery', 1, len(attns), 3.4, sharey=True)
     for ax, attn in zip(axes.flat, attns):
@@ -780,7 +793,7 @@ def plot_compare(cfg, a, b):
             col[i].plot([x] * len(y), y, '.' if i < 3 else '-', color=c, ms=4, alpha=.5)
             style = dict(marker='s' if attn == 'gqa' else 'o', color=c, ms=5, mfc=c if i < 3 else 'white', ls='')
             col[i].plot(x, mean(y) if i < 3 else y[0], **style)
-            names |= {plain(arm): style} if i < 3 or not (a['many'] or b['many']) else {}
+            names |= {plain(arm): style | {'marker': 'o'}} if i < 3 or not (a['many'] or b['many']) else {}
         col[0].set_title(exp['name'], weight='bold')
     for i, ax in enumerate(axes[:, 0]):
         ax.set_ylabel(('' if i < 3 else 'Δ ') + ('loss gap (nats)', 'score P', 'probe acc.')[i % 3])
@@ -800,7 +813,7 @@ def main(cfg):
     ana = lambda key, part=None: [r for r in exp['runs'] if r['ana'] and r['ana'].get(key)
                                   and (part is None or part in r['ana'][key])]
     unkept = lambda *key: [r for r in ana(*key) if r['stage'] in ('rope', 'drope')]
-    lens = [r for r in exp['runs'] if r['lens']]
+    lens, aligned = [r for r in exp['runs'] if r['lens']], unkept('circuits', 'alignment')
     has_topics = lambda r: any(sum(row.get('topics') or []) for row in r['log'])
     recovered = [r for r in exp['recovery'] if any(s is not None for s in r['steps'])]
     recovered = recovered if any(s for r in recovered for s in r['steps']) else []         # all there at once: no news
@@ -810,7 +823,7 @@ def main(cfg):
                plot_maps: unkept('maps'), plot_words: [r for r in ana('words') if r['stage'] == 'rope'],
                plot_clusters: read(f'{exp["folder"]}/clusters.json'), plot_probe: ana('probe'),
                plot_distance: ana('probe', 'by_distance'), plot_spectra: unkept('circuits', 'qk'),
-               plot_circuits: unkept('circuits', 'alignment'), plot_lens: lens,
+               plot_circuits: aligned if len(aligned) == len(unkept('circuits')) else [], plot_lens: lens,
                plot_strip: [r for r in lens if r['lens']['strip']],
                plot_effects: exp['effects'], plot_matched: exp['matched'],
                plot_factors: factor_rows(exp), plot_ablation: unkept('ablation'),

@@ -2,7 +2,7 @@
 Wikipedia -> topics by meaning -> byte-level BPE -> rows of several topics, in the format of shards.py.
 
     python prepare_wiki.py config/wiki.py                                        # streams wikimedia/wikipedia
-    python prepare_wiki.py --source=articles.parquet --embedder=lsa --data_dir=data/mine
+    python prepare_wiki.py --source=articles.parquet --embedder=lsa --data_dir=data/my_wiki
 
 Six phases: articles (cleaned, without stubs and duplicates), embeddings, clusters, tokenizer, tokens, rows. Each keeps
 its work in work_dir under a name made of its parameters: what is done is skipped, what was stopped goes on, and

@@ -495,10 +495,17 @@ def main(cfg):
     steps = {pair: sum(c['max_iters'] for _, c, _ in runs[pair]) for pair in plan}
     print(f'{cfg.out_dir}: {len(cfg.arms)} arms x {len(cfg.seeds)} seeds, {len(everything)} runs, '
           f'{sum(steps.values()):,} steps; to do: {len(todo)} of {len(plan)} arms')
+    taken = sum(done_in(cfg, *run) == published(cfg, run[0]) for run in everything)
+    if taken:
+        print(f'{taken} runs are done and published in {published(cfg)}: their JSON is taken from there')
     if cfg.dry_run:
         for folder, c, length in everything:
             place = done_in(cfg, folder, c, length)
-            print(f'  {"done " if place else "to do"}  {c["max_iters"]:>7,} steps  {place or folder}')
+            other = not place and os.path.exists(os.path.join(folder, 'config.json')) and train.differences(
+                c, read_config(folder))                     # the real command would stop there
+            state = 'done ' if place else 'other' if other else 'to do'
+            print(f'  {state}  {c["max_iters"]:>7,} steps  {place or folder}'
+                  + (f': holds a run with another {", ".join(other[:3])}' if other else ''))
         row = cfg.block_size + 1                            # 2 bytes a token, 1 a label, 2 a topic of the posterior
         n_data = len({(pure, seed) for arm, seed in plan for pure in {False, '_pure' in arm}})
         data = n_data * row * ((cfg.train_rows + cfg.val_rows) * 3 + cfg.val_rows * cfg.n_topics * 2) / 2**30
@@ -541,6 +548,10 @@ def main(cfg):
             shutil.copy(path, cfg.out_dir)
     summary = summarise(cfg, everything)
     figures = plot.main(stage(cfg, 'plot.py', paths=[cfg.out_dir]))
+    for name in plot.CAPTIONS:                              # of an earlier report, and no longer drawn
+        path = os.path.join(cfg.out_dir, 'figures', f'{name}.png')
+        if path not in figures and os.path.exists(path):
+            os.remove(path)
     write_report(cfg, summary, everything, figures)
     differences = [e for e in summary['effects'] if 'drope - kept' in e['contrast']]
     if len(differences) > 20:                               # on the screen; the report has them all

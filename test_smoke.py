@@ -113,8 +113,13 @@ def test_experiment_goes_on_where_it_stopped(workspace):
     os.remove(f'{here}/out/tiny/mha_shuffled_kept/seed1/lens.json')            # done all the same: older runs have none
     plan = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--dry_run=True', cwd=here)
     assert plan.returncode == 0 and 'to do' not in plan.stdout.split('\n', 1)[1] and '50 runs' in plan.stdout
+    open(f'{here}/out/tiny/figures/words.png', 'w').close()                    # of an earlier report
     again = run('run_experiment.py', 'tiny.py', '--seeds=0,1', cwd=here)
     assert again.returncode == 0 and 'to do: 0 of 10' in again.stdout
+    assert '4 runs are done and published in results/tiny' in again.stdout
+    assert not os.path.exists(f'{here}/out/tiny/figures/words.png')
+    other = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--max_iters=13', '--dry_run=True', cwd=here)
+    assert other.returncode == 0 and 'other' in other.stdout and 'holds a run with another max_iters' in other.stdout
     assert load(here, 'out/tiny/summary.json')['runs'] == before
     shutil.rmtree(f'{here}/out/tiny/mha_shuffled_drope/seed0')
     shutil.rmtree(f'{here}/results')

@@ -234,7 +234,7 @@ def open_run(folder, config):
             k = differ[0]
             more = f', and {len(differ) - 1} more' if differ[1:] else ''
             raise SystemExit(f'{folder}: holds a run with other settings ({k} = {there.get(k)!r}, here '
-                             f'{config.get(k)!r}{more}); delete it or choose another folder with --run=')
+                             f'{config.get(k)!r}{more}); delete it or choose another --out_dir=')
     else:
         try:
             os.makedirs(folder, exist_ok=True)
@@ -563,7 +563,7 @@ def main(cfg):
     for key, value in getattr(cfg, 'overrides', {}).items():
         if key not in (*block(__file__), 'source', 'embedder') and data.meta.get(key, value) != value:
             raise SystemExit(f'{cfg.data_dir}: was built with {key} = {data.meta[key]!r}, the config says {value!r}; '
-                             'make it again, or choose another data_dir')
+                             'make it again, choose another data_dir, or give that value in a config file')
     c = resolve(cfg, data.meta)
     folder = cfg.run or os.path.join(cfg.out_dir, c['condition'], f'seed{c["seed"]}')
     with memory_errors(RAISE_GRAD_ACCUM.format(**c)):
