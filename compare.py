@@ -155,10 +155,9 @@ def matched(runs, points=25):
             if a == b or not pairs:
                 continue
             ranges = [(max(x[0]['excess'], y[0]['excess']), min(x[-1]['excess'], y[-1]['excess'])) for x, y in pairs]
-            nothing = dict.fromkeys(('loss', 'mean', 'low', 'high', 'n'), [])
             if not any(low < high for low, high in ranges):
-                result.append({'attention': attention, 'arms': [a, b], 'measure': measure, **nothing,
-                               'average': (None, None, None), 'p': None, 'seeds': 0})
+                result.append({'attention': attention, 'arms': [a, b], 'measure': measure, 'loss': [], 'mean': [],
+                               'low': [], 'high': [], 'n': [], 'average': (None, None, None), 'p': None, 'seeds': 0})
                 continue
             grid = np.geomspace(min(r[0] for r in ranges), max(r[1] for r in ranges), points)
             at = lambda rows, loss: np.interp(loss, [r['excess'] for r in rows], [middle(r, measure) for r in rows])

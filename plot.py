@@ -158,6 +158,10 @@ def present(runs, key):
     rank = {'attn': lambda k: k != 'mha', 'order': factors, 'stage': [*STAGES].index}[key]
     return sorted({r[key] for r in runs}, key=rank)
 
+def chosen(cfg, runs):
+    """The orders of map_orders that these runs have, else their first two: for figures that can't show them all."""
+    return [o for o in present(runs, 'order') if o in cfg.map_orders] or present(runs, 'order')[:2]
+
 def mean(values):
     """Mean over the first axis of what is defined (null in the JSON is not); NaN where nothing is."""
     return np.ma.filled(np.ma.masked_invalid(np.array(values, float)).mean(0), np.nan)
@@ -335,7 +339,7 @@ def plot_scores_o(cfg, exp, runs):
 
 def plot_maps(cfg, exp, runs):
     runs, panels = pick(runs, attn=present(runs, 'attn')[0]), {}
-    orders = [o for o in present(runs, 'order') if o in cfg.map_orders] or present(runs, 'order')[:2]
+    orders = chosen(cfg, runs)
     for r, m in ((r, m) for r in runs if r['order'] in orders for m in r['ana']['maps']):
         A = np.frombuffer(zlib.decompress(base64.b64decode(m['uint8'])), np.uint8).reshape(m['shape'])
         panels.setdefault((r['order'], m['which'], r['stage']), (m, A / 255 * m['max']))  # the first seed's
@@ -400,7 +404,7 @@ def plot_clusters(cfg, exp, clusters):
 def plot_probe(cfg, exp, runs, name='probe'):
     attns, stages, first = present(runs, 'attn'), present(runs, 'stage'), runs[0]['ana']['probe']
     L = len(first['accuracy']) - 1
-    ticks, get = range(L + 1), lambda p: p['accuracy']
+    ticks, get, named = range(L + 1), lambda p: p['accuracy'], []
     refs = {'majority': 'majority', 'token': 'token', 'untrained': 'init', 'running mean': 'running_mean',
             'bag of tokens': 'bag', 'Bayes filter': 'ceiling'}
     if name == 'distance':
@@ -429,8 +433,8 @@ def plot_probe(cfg, exp, runs, name='probe'):
         ax.label_outer()
         if stage == present(pick(runs, attn=attn), 'stage')[-1]:
             end_labels(ax, ends)
-            unnamed = len(present(group, 'order')) < len(present(runs, 'order'))
-    if unnamed:                                             # the last panel has not all of them
+            named.append(len(present(group, 'order')))
+    if min(named) < len(present(runs, 'order')):            # a last panel has not all of them
         legend(fig, looks(exp, runs, stages=False))
     return save(fig, cfg, exp, name)
 
@@ -439,7 +443,7 @@ def plot_distance(cfg, exp, runs):
 
 def plot_spectra(cfg, exp, runs):
     runs = pick(runs, attn=present(runs, 'attn')[0])
-    orders = [o for o in present(runs, 'order') if o in cfg.map_orders] or present(runs, 'order')[:2]
+    orders = chosen(cfg, runs)
     L = len(runs[0]['ana']['circuits']['ov'])
     shades = ListedColormap([plt.cm.viridis(.92 * l / max(1, L - 1)) for l in range(L)])
     fig, axes = canvas(cfg, exp, 'spectra', len(orders), 2, 2.3, sharey=True)
@@ -464,7 +468,8 @@ def plot_circuits(cfg, exp, runs):
     get = {'QK rank': lambda c, d: c['qk_rank'].get(d), 'OV rank': lambda c, d: c['ov_rank'] if d == '0' else None,
            'QK alignment': lambda c, d: c['alignment']['key'].get(d),
            'OV alignment': lambda c, d: c['alignment']['written'] if d == '0' else None}
-    runs = [r for r in runs if r['order'] in cfg.map_orders] if exp['many'] else runs
+    orders = chosen(cfg, runs) if exp['many'] else present(runs, 'order')
+    runs = [r for r in runs if r['order'] in orders]
     attns, shades, L = present(runs, 'attn'), {'0': 1, '1': .6, '16': .3}, len(runs[0]['ana']['circuits']['ov_rank'])
     fig, axes = canvas(cfg, exp, 'circuits', 2 * len(attns), 2, 2.1, sharex=True, sharey='row')
     for ax, (attn, name) in zip(axes.flat, itertools.product(attns, get)):
@@ -518,7 +523,6 @@ def plot_lens(cfg, exp, runs):
             ax.set_yticks((-.05, 0, .05, .5), ('−0.05', '0', '0.05', '0.5'))
             ax.minorticks_off()
             ax.set_ylabel('above chance,\nother tokens\n(log from 0.05)')
-            ax.label_outer()
         ax.set_xticks([*range(0, L + 1, 1 + L // 6), L + 1], [*range(0, L + 1, 1 + L // 6), 'logit'])
         ax.label_outer()
     mark = {'marker': 'D', 'ls': '', 'ms': 4}
@@ -528,12 +532,13 @@ def plot_lens(cfg, exp, runs):
 
 def plot_strip(cfg, exp, runs):
     runs = pick(runs, attn=present(runs, 'attn')[0])
-    orders = [o for o in present(runs, 'order') if o in cfg.map_orders] or present(runs, 'order')[:2]
+    orders = chosen(cfg, runs)
     first = {(r['order'], r['stage']): r['lens'] for r in reversed(runs) if r['order'] in orders}  # the first seed's
     arms = [k for k in itertools.product(orders, STAGES) if k in first]
     fig, axes = canvas(cfg, exp, 'strip', len(arms), 1, 1.15, sharex=True, sharey=True)
     shown = np.concatenate([l['strip']['contribution'][l['gate']][:-1] + [1e-3] for l in first.values()])
-    top, bottom = np.abs(shown).max(), min(-.2 * np.abs(shown).max(), 1.1 * shown.min())
+    top = np.abs(shown).max()
+    bottom = min(-.2 * top, 1.1 * shown.min())
     for ax, (order, stage) in zip(axes.flat, arms):
         strip = first[order, stage]['strip']
         y, z = np.array(strip['contribution'][first[order, stage]['gate']]), np.array(strip['topics']) % len(TOPICS)

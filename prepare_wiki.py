@@ -70,8 +70,9 @@ def parameters(cfg):
     meta = {'kind': 'wiki', **{key: getattr(cfg, key) for key in keys}}
     if not hub(cfg):
         meta['source'] = os.path.basename(os.path.normpath(cfg.source))
-    if not hub(cfg) and files_of(cfg):
-        meta['source_digest'] = fingerprint(files_of(cfg))
+    source_files = [] if hub(cfg) else files_of(cfg)
+    if source_files:
+        meta['source_digest'] = fingerprint(source_files)
     if cfg.topics_from:
         return meta | read_topics(cfg.topics_from, cfg.n_topics)['made_of']
     if os.path.isdir(cfg.embedder):

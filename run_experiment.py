@@ -81,10 +81,14 @@ def data_stage(cfg, arm, seed):
         at.data_dir, at.min_segments, at.max_segments = at.data_dir + '_pure', 1, 1
     return at
 
+def mixed_stage(cfg, arm, seed):
+    """The dataset that an arm is recalibrated on: rows of several segments, also for pure arms."""
+    return data_stage(cfg, arm.replace('_pure', ''), seed)
+
 def make_data(cfg, pairs):
-    """Every dataset that these arms and seeds read, unless it is there: recalibration reads mixed rows in all arms."""
+    """Every dataset that these arms and seeds read, unless it is there."""
     main = data_synth.main if cfg.data_script == 'data_synth.py' else prepare_wiki.main
-    stages = [data_stage(cfg, name, seed) for arm, seed in pairs for name in (arm.replace('_pure', ''), arm)]
+    stages = [of(cfg, *pair) for pair in pairs for of in (mixed_stage, data_stage)]
     for at in {(at.data_dir, at.seed): at for at in stages}.values():
         main(at)
 
@@ -102,7 +106,7 @@ def train_stage(cfg, arm, seed):
 def arm_runs(cfg, arm, seed):
     """The runs of an arm and seed, in the order they are made: [(folder, config, recalibration length or None)]."""
     c = train.resolve(train_stage(cfg, arm, seed), data_meta(cfg, data_stage(cfg, arm, seed)))
-    mixed = data_stage(cfg, arm.replace('_pure', ''), seed)     # what every arm is recalibrated on
+    mixed = mixed_stage(cfg, arm, seed)
     mixed_meta = data_meta(cfg, mixed)
     folder = os.path.join(cfg.out_dir, c['condition'], f'seed{seed}')
     runs = [(folder, c, None)]
@@ -260,11 +264,16 @@ def number(values, form):
     mean, low, _ = t_interval(values)
     return form.format(mean) + ('' if low is None else ' ± ' + form.format(mean - low).lstrip('+'))
 
+def by_condition(runs):
+    """Rows of summary.json by what the tables call them: condition, and recalibration length unless it is the main."""
+    groups = {}
+    for r in runs:
+        groups.setdefault(r['condition'] + ('' if r['main'] else f', {r["recal_steps"]} steps'), []).append(r)
+    return groups
+
 def table(summary):
     """The log's table, with what uniform attention gives beside each column, as Markdown lines."""
-    middle, groups = summary['n_layer'] // 2, {}
-    for r in summary['runs']:
-        groups.setdefault(r['condition'] + ('' if r['main'] else f', {r["recal_steps"]} steps'), []).append(r)
+    middle, groups = summary['n_layer'] // 2, by_condition(summary['runs'])
     uniform = lambda key, form: number([r[f'{key}_uniform'] for r in summary['runs'][:1]], form)
     bayes = summary['references']['filter'] is not None     # else there is no gap to close
     columns = {'Val loss': ('val_loss', '{:.4f}'), **({'Gap closed': ('gap_closed', '{:.1%}')} if bayes else {}),
@@ -322,14 +331,11 @@ def order_table(summary):
 
 def controls_table(summary):
     """The probe after the last layer beside its controls, of runs analysed in full, as Markdown lines."""
-    groups, columns = {}, {'Probe': 'probe', 'Best reference': 'probe_baseline', 'Untrained': 'probe_init',
-                           'Control task': 'probe_control', 'Selectivity': 'probe_selectivity',
-                           'Shuffled labels': 'probe_shuffled', 'Normalised': 'probe_normalised',
-                           'R² of the posterior': 'probe_posterior_r2'}
+    columns = {'Probe': 'probe', 'Best reference': 'probe_baseline', 'Untrained': 'probe_init',
+               'Control task': 'probe_control', 'Selectivity': 'probe_selectivity', 'Shuffled labels': 'probe_shuffled',
+               'Normalised': 'probe_normalised', 'R² of the posterior': 'probe_posterior_r2'}
     last = lambda v: v[-1] if isinstance(v, list) else v
-    for r in summary['runs']:
-        if r['probe_control']:
-            groups.setdefault(r['condition'] + ('' if r['main'] else f', {r["recal_steps"]} steps'), []).append(r)
+    groups = by_condition(r for r in summary['runs'] if r['probe_control'])
     lines = [f'| Condition | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']
     for name, rs in groups.items():
         cells = [number([last(r[key]) for r in rs], '{:.1%}') for key in columns.values()]
@@ -487,20 +493,21 @@ def main(cfg):
     plan = list(dict.fromkeys(itertools.product(cfg.arms, cfg.seeds)))
     if cfg.data_script == 'prepare_wiki.py':
         prepare_wiki.check(data_stage(cfg, *plan[0]))
-    if cfg.data_script == 'prepare_wiki.py' and not cfg.dry_run:
-        make_data(cfg, plan)                                # its bytes are part of what a run is
+        if not cfg.dry_run:
+            make_data(cfg, plan)                            # its bytes are part of what a run is
     runs = {pair: arm_runs(cfg, *pair) for pair in plan}
     everything = [run for pair in plan for run in runs[pair]]
-    todo = [pair for pair in plan if not all(done_in(cfg, *run) for run in runs[pair])]
+    places = {run[0]: done_in(cfg, *run) for run in everything}
+    todo = [pair for pair in plan if not all(places[folder] for folder, _, _ in runs[pair])]
     steps = {pair: sum(c['max_iters'] for _, c, _ in runs[pair]) for pair in plan}
     print(f'{cfg.out_dir}: {len(cfg.arms)} arms x {len(cfg.seeds)} seeds, {len(everything)} runs, '
           f'{sum(steps.values()):,} steps; to do: {len(todo)} of {len(plan)} arms')
-    taken = sum(done_in(cfg, *run) == published(cfg, run[0]) for run in everything)
+    taken = sum(place not in (None, folder) for folder, place in places.items())
     if taken:
         print(f'{taken} runs are done and published in {published(cfg)}: their JSON is taken from there')
     if cfg.dry_run:
-        for folder, c, length in everything:
-            place = done_in(cfg, folder, c, length)
+        for folder, c, _ in everything:
+            place = places[folder]
             other = not place and os.path.exists(os.path.join(folder, 'config.json')) and train.differences(
                 c, read_config(folder))                     # the real command would stop there
             state = 'done ' if place else 'other' if other else 'to do'
@@ -515,8 +522,8 @@ def main(cfg):
         return
 
     # ---- what was published is read like the rest; what is published must not be lost
-    for folder, c, length in everything:
-        place = done_in(cfg, folder, c, length)
+    for folder, c, _ in everything:
+        place = places[folder]
         if place not in (None, folder):
             train.open_run(folder, c)                       # stops where a run with other settings is
             for name in (n for n in os.listdir(place) if n.endswith(('.json', '.jsonl'))):
