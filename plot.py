@@ -52,7 +52,7 @@ CAPTIONS = {
                  'not distances); a colour is a topic of K-means.'),
     'distance': ('How soon the topic is known', 'Linear probe after the last layer. The Bayes filter, best overall, '
                  'still expects the old topic right after a boundary.'),
-    'spectra': ('Singular values over the largest', 'Mean over heads. Solid: RoPE, dotted: DroPE; '
+    'spectra': ('Singular values over the largest', 'Mean over heads, first seed. Solid: RoPE, dotted: DroPE; '
                 'grey: at init, where the analysis has it.'),
     'effects': ('Paired effects of the order', 'Bars: 95% interval, p: sign flips, unadjusted. Shaded: primary.'),
     'matched': ('At equal loss', 'Above: a line is a seed through its lengths of recalibration, larger dots: longer. '
@@ -66,8 +66,8 @@ CAPTIONS = {
              'where another topic came before. Chance: labels of other rows. Other tokens: all but the position\'s '
              'own. Bands: 2 SD of chance. Faint: seeds.'),
     'strip': ('One logit, token by token', 'Signed contributions to the logit of the correct next token (above the '
-              'mean logit) along a validation row, first seed. Colours: topics. Numbers: sums of runs. The position\'s '
-              'own token is cut off.'),
+              'mean logit) along a validation row, first seed. Colours: topics. Numbers: sums of runs. The own token, '
+              'and bars far longer than the rest, are cut off.'),
     'ablation': ('Ablating heads', 'Loss far from a boundary minus near it, over that of the whole model. Above 0: the '
                  'heads carried what is known of the topic. Faint: seeds, topical heads.'),
     'forgetting': ('Forgetting between visits', 'Validation loss of a topic minus its loss in the shuffled arm at the '
@@ -187,7 +187,7 @@ def canvas(cfg, exp, name, rows, cols, height, **kw):
         **{f'{x}tick.{k}': v for x in 'xy' for k, v in {'color': '#999999', 'labelcolor': '#333333'}.items()}})
     title, sub = CAPTIONS[name]
     seeds = ('' if name in ('matched', 'free') or exp['seeds'][:2] != 'n=' else 'Mean of ') + exp['seeds']
-    sub = textwrap.wrap(sub + (name not in ('order', 'maps', 'words', 'clusters', 'strip')) * f' {seeds}',
+    sub = textwrap.wrap(sub + (name not in ('order', 'maps', 'words', 'clusters', 'spectra', 'strip')) * f' {seeds}',
                         int(15.2 * cfg.fig_width))
     top = .40 + .16 * len(sub)
     tall = rows * height + top
@@ -442,22 +442,20 @@ def plot_distance(cfg, exp, runs):
     return plot_probe(cfg, exp, runs, name='distance')
 
 def plot_spectra(cfg, exp, runs):
-    runs = pick(runs, attn=present(runs, 'attn')[0])
+    runs = pick(runs, attn=present(runs, 'attn')[0], seed=runs[0]['seed'])         # the first, all that is published
     orders = chosen(cfg, runs)
     L = len(runs[0]['ana']['circuits']['ov'])
     shades = ListedColormap([plt.cm.viridis(.92 * l / max(1, L - 1)) for l in range(L)])
     fig, axes = canvas(cfg, exp, 'spectra', len(orders), 2, 2.3, sharey=True)
     for ax, (order, name) in zip(axes.flat, ((o, c) for o in orders for c in ('QK at distance 0', 'OV'))):
-        for stage in ('rope', 'drope'):
-            s = [r['ana']['circuits'] for r in pick(runs, order=order, stage=stage)]
-            s = np.array([c['ov'] if name == 'OV' else c['qk']['0'] for c in s], float)  # (seed, layer, head, k)
-            for l in range(L if len(s) else 0):
-                y = (s[:, l] / s[:, l].max(-1, keepdims=True)).mean((0, 1))
-                ax.plot(range(1, len(y) + 1), y, STAGES[stage][1], lw=1.5, color=shades(l))
-        init = [r['ana']['circuits'].get('init_spectra') for r in pick(runs, order=order, stage='rope')]
-        if any(init):                                       # analyses before 2026-11-25 have none
-            y = mean([i[name[:2].lower()] for i in init if i])
-            ax.plot(range(1, len(y) + 1), y, color=GREY, lw=1, zorder=0)
+        for r in pick(runs, order=order):
+            c = r['ana']['circuits']
+            for l, s in enumerate(np.array(c['ov'] if name == 'OV' else c['qk']['0'], float)):     # [head, k]
+                y = (s / s.max(-1, keepdims=True)).mean(0)
+                ax.plot(range(1, len(y) + 1), y, STAGES[r['stage']][1], lw=1.5, color=shades(l))
+            if r['stage'] == 'rope' and c.get('init_spectra'):     # analyses before 2026-11-25 have none
+                y = c['init_spectra'][name[:2].lower()]
+                ax.plot(range(1, len(y) + 1), y, color=GREY, lw=1, zorder=0)
         ax.set(title=plain(f'{runs[0]["attn"]} {order}: ') + name, xlabel='rank', ylabel='value', ylim=(0, 1.02))
         ax.label_outer()
     image = plt.cm.ScalarMappable(plt.Normalize(-.5, L - .5), shades)
@@ -495,6 +493,7 @@ def plot_circuits(cfg, exp, runs):
 
 def plot_lens(cfg, exp, runs):
     attns, stages, L = present(runs, 'attn'), present(runs, 'stage'), len(runs[0]['lens']['depths']) - 3
+    logit = L + 1 + L // 12                                 # where it is drawn, clear of the last layer
     fig, axes = canvas(cfg, exp, 'lens', 2 * len(attns), len(stages), 2.1, sharex=True, sharey='row')
     panels = list(itertools.product(attns, (False, True), stages))
     for ax, (attn, above, stage) in fill(axes, panels, [p for p in panels if pick(runs, attn=p[0], stage=p[2])]):
@@ -512,9 +511,9 @@ def plot_lens(cfg, exp, runs):
             ax.plot(middle, color=GREY if above else c, lw=.8, zorder=2)
             ax.fill_between(range(L + 1), middle - 2 * spread, middle + 2 * spread, color=c, lw=0,
                             alpha=.15 * (not exp['many']))
-            ax.plot(L + 1, mean(y)[-1], 'D', color=c, ms=4, zorder=3)
-            ax.plot(L + 1, mean(chance)[-1], 'D', color=GREY if above else c, ms=4, mfc='white', mew=.8)
-        ax.set(xlim=(-.2, L + 1.3), title=plain(f'{attn}, {stage}'), xlabel='layers passed',
+            ax.plot(logit, mean(y)[-1], 'D', color=c, ms=4, zorder=3)
+            ax.plot(logit, mean(chance)[-1], 'D', color=GREY if above else c, ms=4, mfc='white', mew=.8)
+        ax.set(xlim=(-.2, logit + .3), title=plain(f'{attn}, {stage}'), xlabel='layers passed',
                ylabel='above chance,\nother tokens' if above else 'share,\nall tokens')
         if not above:
             ax.set_ylim(0, 1.04)
@@ -523,7 +522,7 @@ def plot_lens(cfg, exp, runs):
             ax.set_yticks((-.05, 0, .05, .5), ('−0.05', '0', '0.05', '0.5'))
             ax.minorticks_off()
             ax.set_ylabel('above chance,\nother tokens\n(log from 0.05)')
-        ax.set_xticks([*range(0, L + 1, 1 + L // 6), L + 1], [*range(0, L + 1, 1 + L // 6), 'logit'])
+        ax.set_xticks([*range(0, L + 1, 1 + L // 6), logit], [*range(0, L + 1, 1 + L // 6), 'logit'])
         ax.label_outer()
     mark = {'marker': 'D', 'ls': '', 'ms': 4}
     legend(fig, looks(exp, runs, stages=False) | {'own topic': {'marker': 'o', 'ms': 3.5}, 'chance': {'lw': .8},
@@ -537,8 +536,8 @@ def plot_strip(cfg, exp, runs):
     arms = [k for k in itertools.product(orders, STAGES) if k in first]
     fig, axes = canvas(cfg, exp, 'strip', len(arms), 1, 1.15, sharex=True, sharey=True)
     shown = np.concatenate([l['strip']['contribution'][l['gate']][:-1] + [1e-3] for l in first.values()])
-    top = np.abs(shown).max()
-    bottom = min(-.2 * top, 1.1 * shown.min())
+    top = min(np.abs(shown).max(), 5 * np.quantile(np.abs(shown), .99))
+    bottom = min(-.2 * top, 1.1 * max(shown.min(), -top))
     for ax, (order, stage) in zip(axes.flat, arms):
         strip = first[order, stage]['strip']
         y, z = np.array(strip['contribution'][first[order, stage]['gate']]), np.array(strip['topics']) % len(TOPICS)

@@ -418,7 +418,7 @@ def write_report(cfg, summary, runs, figures):
     shards.write_text(os.path.join(cfg.out_dir, 'summary.md'), '\n'.join(lines) + '\n')
 
 def publish_file(cfg, source, copy):
-    """Copy one JSON, Markdown or PNG file, atomic; curves thinned, maps, spectra, strips of seed 0 alone: a few MB."""
+    """Copy one JSON, Markdown or PNG file, atomic; of curves, maps, spectra, strips what is drawn: a few MB."""
     os.makedirs(os.path.dirname(copy), exist_ok=True)
     if source.endswith('log.jsonl'):
         lines = open(source).read().splitlines()
@@ -427,12 +427,14 @@ def publish_file(cfg, source, copy):
         shards.write_text(copy, '\n'.join(kept) + '\n')
     elif source.endswith('lens.json'):
         lens = json.load(open(source))
-        if lens['seed'] != 0 or cfg.data_script == 'prepare_wiki.py':       # nor running text, not even as numbers
+        if lens['seed'] != 0:
             lens['strip'] = None
+        elif lens['strip'] and cfg.data_script == 'prepare_wiki.py':       # nor running text, not even as numbers
+            lens['strip'] |= {'tokens': None, 'target': None}
         shards.write_text(copy, json.dumps(lens, allow_nan=False) + '\n')
     elif source.endswith('analysis.json'):
         a = json.load(open(source))
-        if a['seed'] != 0:
+        if a['seed'] != 0 or a['keep_rope'] or 'recal_' in os.path.basename(os.path.dirname(source)):   # not drawn
             a['maps'] = []
             if a['circuits']:
                 a['circuits'] = {k: v for k, v in a['circuits'].items() if k not in ('qk', 'ov', 'init_spectra')}

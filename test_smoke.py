@@ -105,6 +105,17 @@ def test_another_dataset_in_its_place(workspace, script, tmp_path):
         done = run(script, f'--run={tmp_path}/run', cwd=here)
         assert done.returncode == (script == 'analyze.py') and len(done.stderr.splitlines()) == (script == 'analyze.py')
 
+def test_published_figures_can_be_drawn_again(workspace, tmp_path):
+    """What is left out of published JSON is what no figure shows."""
+    here, _ = workspace
+    shutil.copytree(f'{here}/results/tiny', tmp_path / 'tiny', ignore=shutil.ignore_patterns('figures'))
+    done = run('plot.py', str(tmp_path / 'tiny'), cwd=here)
+    assert done.returncode == 0, done.stderr
+    read = lambda folder: {name: open(f'{folder}/{name}', 'rb').read() for name in os.listdir(folder)}
+    drawn = read(tmp_path / 'tiny/figures')
+    assert {'maps.png', 'spectra.png', 'circuits.png', 'strip.png'} < set(drawn)
+    assert drawn == read(f'{here}/results/tiny/figures')
+
 def test_experiment_goes_on_where_it_stopped(workspace):
     here, _ = workspace
     before = load(here, 'out/tiny/summary.json')['runs']

@@ -466,13 +466,14 @@ def test_experiment(experiment):
     assert '## What the most topical heads read' in report and 'words.png' in report
 
 def test_published_holds_no_text(experiment):
-    """Nothing from which a row could be read: no words, no strips, no tokens in running order."""
+    """Nothing from which a row could be read: no words, no tokens in running order, under no name."""
     place, out = f'{experiment}/results/wiki_small', f'{experiment}/out/wiki_small'
     words = json.load(open(f'{out}/mha_shuffled_rope/seed0/analysis.json'))['words']
     strip = json.load(open(f'{out}/mha_shuffled_rope/seed0/lens.json'))['strip']
     lenses, analyses = (glob.glob(f'{place}/**/{name}.json', recursive=True) for name in ('lens', 'analysis'))
     assert len(lenses) == len(analyses) == 6 and strip['tokens'] and len(words['tokens']) == 96
-    assert all(json.load(open(path))['strip'] is None for path in lenses)
+    strips = [json.load(open(path))['strip'] for path in lenses]
+    assert all(s['tokens'] is s['target'] is None and len(s['topics']) == len(strip['topics']) for s in strips)
     assert all(json.load(open(path))['words'] is None for path in analyses)
     assert not os.path.exists(f'{place}/figures/words.png') and 'words.png' not in open(f'{place}/summary.md').read()
     squeeze = lambda text: ''.join(text.split())
@@ -483,6 +484,15 @@ def test_published_holds_no_text(experiment):
     assert texts and not any(trace in text for trace in traces for text in texts)
     own = squeeze(open(f'{out}/mha_shuffled_rope/seed0/analysis.json', encoding='utf-8').read())
     assert traces[0] in own                                                     # the search finds what is there
+
+def test_published_figures_can_be_drawn_again(experiment, tmp_path):
+    """All but the words: what is left out of published JSON is what no figure shows."""
+    shutil.copytree(f'{experiment}/results/wiki_small', tmp_path / 'wiki_small', ignore=shutil.ignore_patterns('figures'))
+    done = run('plot.py', str(tmp_path / 'wiki_small'), cwd=experiment)
+    assert done.returncode == 0, done.stderr
+    read = lambda folder: {name: open(f'{folder}/{name}', 'rb').read() for name in os.listdir(folder)}
+    drawn = read(tmp_path / 'wiki_small/figures')
+    assert 'strip.png' in drawn and drawn == read(f'{experiment}/results/wiki_small/figures')
 
 def test_what_heads_read(experiment):
     """The table of `reading`, for the most topical head, summed pair by pair."""
