@@ -442,7 +442,8 @@ def plot_distance(cfg, exp, runs):
     return plot_probe(cfg, exp, runs, name='distance')
 
 def plot_spectra(cfg, exp, runs):
-    runs = pick(runs, attn=present(runs, 'attn')[0], seed=runs[0]['seed'])         # the first, all that is published
+    runs = pick(runs, attn=present(runs, 'attn')[0])
+    runs = pick(runs, seed=runs[0]['seed'])                 # the first: of others spectra are not published
     orders = chosen(cfg, runs)
     L = len(runs[0]['ana']['circuits']['ov'])
     shades = ListedColormap([plt.cm.viridis(.92 * l / max(1, L - 1)) for l in range(L)])

@@ -418,7 +418,7 @@ def write_report(cfg, summary, runs, figures):
     shards.write_text(os.path.join(cfg.out_dir, 'summary.md'), '\n'.join(lines) + '\n')
 
 def publish_file(cfg, source, copy):
-    """Copy one JSON, Markdown or PNG file, atomic; of curves, maps, spectra, strips what is drawn: a few MB."""
+    """Copy one JSON, Markdown or PNG file, atomic; curves thinned, of maps, spectra, strips what is drawn: a few MB."""
     os.makedirs(os.path.dirname(copy), exist_ok=True)
     if source.endswith('log.jsonl'):
         lines = open(source).read().splitlines()
@@ -441,7 +441,7 @@ def publish_file(cfg, source, copy):
         a['words'] = None                                   # running text, which is not ours to publish
         shards.write_text(copy, json.dumps(a, allow_nan=False) + '\n')
     elif source.endswith('summary.md'):
-        shards.write_text(copy, open(source).read().replace('![words.png](figures/words.png)\n', ''))
+        shards.write_text(copy, open(source).read().replace('![words.png](figures/words.png)\n\n', ''))
     else:
         shutil.copy(source, copy + '.tmp')
         os.replace(copy + '.tmp', copy)
@@ -466,6 +466,9 @@ def publish_results(cfg):
                 publish_file(cfg, os.path.join(folder, name),
                              os.path.join(temporary, os.path.relpath(folder, cfg.out_dir), name))
     if os.path.exists(target):
+        for path in glob.glob(os.path.join(target, '*.md')):        # notes written by hand stay
+            if not os.path.exists(os.path.join(temporary, os.path.basename(path))):
+                shutil.copy(path, temporary)
         os.rename(target, old)
     os.rename(temporary, target)
     shutil.rmtree(old, ignore_errors=True)

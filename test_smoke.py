@@ -15,7 +15,7 @@ import shards
 from configurator import SCRIPTS, block, configure
 from compare import (base, effects, forgetting, matched, max_t, orderedness, recovery, recovery_effects, sign_flip_p,
                      smallest_effect, t_interval, verdict)
-from run_experiment import publish_run
+from run_experiment import publish_results, publish_run
 from test_train import HERE, TINY, dataset, run                      # noqa: F401 (dataset is a fixture)
 
 EXPERIMENT = """
@@ -150,6 +150,10 @@ def test_a_run_is_published_with_its_lens_or_without(workspace, monkeypatch, tmp
     shutil.rmtree('results')
     publish_run(cfg, folder)
     assert sorted(os.listdir(folder.replace('out', 'results'))) == ['analysis.json', 'config.json', 'log.jsonl']
+    for name in ('notes.md', 'old.json'):
+        open(f'results/tiny/{name}', 'w').close()
+    publish_results(cfg)
+    assert sorted(os.listdir('results/tiny')) == ['gqa_topic_ordered_rope', 'notes.md']        # written by hand: stays
 
 def test_two_experiments_side_by_side(workspace):
     here, _ = workspace

@@ -487,7 +487,8 @@ def test_published_holds_no_text(experiment):
 
 def test_published_figures_can_be_drawn_again(experiment, tmp_path):
     """All but the words: what is left out of published JSON is what no figure shows."""
-    shutil.copytree(f'{experiment}/results/wiki_small', tmp_path / 'wiki_small', ignore=shutil.ignore_patterns('figures'))
+    shutil.copytree(f'{experiment}/results/wiki_small', tmp_path / 'wiki_small',
+                    ignore=shutil.ignore_patterns('figures'))
     done = run('plot.py', str(tmp_path / 'wiki_small'), cwd=experiment)
     assert done.returncode == 0, done.stderr
     read = lambda folder: {name: open(f'{folder}/{name}', 'rb').read() for name in os.listdir(folder)}
