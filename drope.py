@@ -48,6 +48,10 @@ def recal_folder(parent, length, main_length, parent_steps, keep_rope):
         folder = os.path.join(arm, seed) + kind
     return folder if length == main_length else os.path.join(folder, f'recal_{recal_steps(length, parent_steps)}')
 
+def is_main(folder):
+    """Whether a run is trained, or recalibrated for the first length: not in a further recal_<steps> folder."""
+    return 'recal_' not in os.path.basename(folder)
+
 def recal_config(parent_config, parent, steps, keep_rope, lr_scale, data_dir, meta):
     """The parent's config with what recalibration changes; data_dir, meta: of the rows it reads."""
     rows = {k: v for k, v in shards.parameters(meta).items() if k not in block('train.py')}

@@ -235,7 +235,7 @@ def summarise(cfg, runs):
         logs[a['condition'], a['seed'], a['recal_steps']] = log
         rows.append({
             **{k: a[k] for k in ('condition', 'seed', 'recal_steps', 'keep_rope')}, 'attention': attention,
-            'order': order, 'stage': kind, 'main': 'recal_' not in os.path.basename(folder), 'val_loss': a['val_loss'],
+            'order': order, 'stage': kind, 'main': drope.is_main(folder), 'val_loss': a['val_loss'],
             'excess': a['val_loss'] - (ref['filter'] or 0.0),       # above this seed's own filter, in nats
             # of the way from the topic-blind bigram to the Bayes filter, on this seed's own data
             'gap_closed': (ref['bigram'] - a['val_loss']) / (ref['bigram'] - ref['filter']) if ref['filter'] else None,
@@ -418,7 +418,7 @@ def write_report(cfg, summary, runs, figures):
     shards.write_text(os.path.join(cfg.out_dir, 'summary.md'), '\n'.join(lines) + '\n')
 
 def publish_file(cfg, source, copy):
-    """Copy one JSON, Markdown or PNG file, atomic; curves thinned, of maps, spectra, strips what is drawn: a few MB."""
+    """Copy one JSON, Markdown or PNG file, atomic; curves thinned, strips of seed 0, maps and spectra as drawn."""
     os.makedirs(os.path.dirname(copy), exist_ok=True)
     if source.endswith('log.jsonl'):
         lines = open(source).read().splitlines()
@@ -434,7 +434,7 @@ def publish_file(cfg, source, copy):
         shards.write_text(copy, json.dumps(lens, allow_nan=False) + '\n')
     elif source.endswith('analysis.json'):
         a = json.load(open(source))
-        if a['seed'] != 0 or a['keep_rope'] or 'recal_' in os.path.basename(os.path.dirname(source)):   # not drawn
+        if a['seed'] != 0 or a['keep_rope'] or not drope.is_main(os.path.dirname(source)):      # no figure has them
             a['maps'] = []
             if a['circuits']:
                 a['circuits'] = {k: v for k, v in a['circuits'].items() if k not in ('qk', 'ov', 'init_spectra')}

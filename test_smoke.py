@@ -16,7 +16,7 @@ from configurator import SCRIPTS, block, configure
 from compare import (base, effects, forgetting, matched, max_t, orderedness, recovery, recovery_effects, sign_flip_p,
                      smallest_effect, t_interval, verdict)
 from run_experiment import publish_results, publish_run
-from test_train import HERE, TINY, dataset, run                      # noqa: F401 (dataset is a fixture)
+from test_train import HERE, TINY, dataset, drawn_again, run         # noqa: F401 (dataset is a fixture)
 
 EXPERIMENT = """
 data_dir, out_dir = 'data/tiny', 'out/tiny'
@@ -107,14 +107,9 @@ def test_another_dataset_in_its_place(workspace, script, tmp_path):
 
 def test_published_figures_can_be_drawn_again(workspace, tmp_path):
     """What is left out of published JSON is what no figure shows."""
-    here, _ = workspace
-    shutil.copytree(f'{here}/results/tiny', tmp_path / 'tiny', ignore=shutil.ignore_patterns('figures'))
-    done = run('plot.py', str(tmp_path / 'tiny'), cwd=here)
-    assert done.returncode == 0, done.stderr
-    read = lambda folder: {name: open(f'{folder}/{name}', 'rb').read() for name in os.listdir(folder)}
-    drawn = read(tmp_path / 'tiny/figures')
+    drawn, published = drawn_again(f'{workspace[0]}/results/tiny', tmp_path)
     assert {'maps.png', 'spectra.png', 'circuits.png', 'strip.png'} < set(drawn)
-    assert drawn == read(f'{here}/results/tiny/figures')
+    assert drawn == published
 
 def test_experiment_goes_on_where_it_stopped(workspace):
     here, _ = workspace

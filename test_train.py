@@ -28,6 +28,14 @@ def run(script, *args, cwd=None, env={}):
     script = script if cwd else os.path.join(HERE, script)
     return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, env=ENV | env, cwd=cwd)
 
+def drawn_again(results, tmp_path):
+    """Figures of a published experiment: drawn anew from its JSON, and as published, both {name: bytes}."""
+    copy = shutil.copytree(results, tmp_path / os.path.basename(results), ignore=shutil.ignore_patterns('figures'))
+    done = run('plot.py', str(copy))
+    assert done.returncode == 0, done.stderr
+    return [{name: open(f'{folder}/figures/{name}', 'rb').read() for name in os.listdir(f'{folder}/figures')}
+            for folder in (copy, results)]
+
 @pytest.fixture(scope='session')
 def dataset(tmp_path_factory):
     """100 rows of 33 tokens over 20 symbols and 3 topics, of unequal sizes; no structure is needed here."""

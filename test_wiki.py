@@ -21,7 +21,7 @@ import measures
 import prepare_wiki
 import shards
 from configurator import configure
-from test_train import HERE, run
+from test_train import HERE, drawn_again, run
 
 N_TOPICS, SMALL = 3, ['--embedder=lsa', '--n_topics=3', '--vocab_size=400', '--block_size=96', '--min_segment_len=16',
                       '--val_share=0.2', '--min_chars=100']
@@ -487,13 +487,8 @@ def test_published_holds_no_text(experiment):
 
 def test_published_figures_can_be_drawn_again(experiment, tmp_path):
     """All but the words: what is left out of published JSON is what no figure shows."""
-    shutil.copytree(f'{experiment}/results/wiki_small', tmp_path / 'wiki_small',
-                    ignore=shutil.ignore_patterns('figures'))
-    done = run('plot.py', str(tmp_path / 'wiki_small'), cwd=experiment)
-    assert done.returncode == 0, done.stderr
-    read = lambda folder: {name: open(f'{folder}/{name}', 'rb').read() for name in os.listdir(folder)}
-    drawn = read(tmp_path / 'wiki_small/figures')
-    assert 'strip.png' in drawn and drawn == read(f'{experiment}/results/wiki_small/figures')
+    drawn, published = drawn_again(f'{experiment}/results/wiki_small', tmp_path)
+    assert 'strip.png' in drawn and drawn == published
 
 def test_what_heads_read(experiment):
     """The table of `reading`, for the most topical head, summed pair by pair."""
