@@ -11,6 +11,7 @@ import ast
 import difflib
 import functools
 import os
+import re
 import sys
 import types
 import typing
@@ -22,23 +23,40 @@ SCRIPTS = ('prepare_wiki.py', 'data_synth.py', 'train.py', 'drope.py', 'analyze.
 # -----------------------------------------------------------------------------
 # the config block of a script
 
+def source(path):
+    """The text of a script beside this one, or of any file."""
+    with open(os.path.join(_here, path), encoding='utf-8') as f:
+        return f.read()
+
 @functools.cache
 def block(script):
     """{key: (default, type)} of a script, read from its source without importing it. The type of a default
     is the type a value must have; a key that may also be None is annotated: `n_kv_head: int = None`."""
-    keys, scratch = {}, {}
-    for node in ast.parse(open(os.path.join(_here, script)).read()).body:
+    keys = {}
+    scratch = {}
+    for node in ast.parse(source(script)).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, 'target', None)
-        if isinstance(target, ast.Name) and target.id.islower() and not target.id.startswith('_'):
-            exec(compile(ast.Module([node], []), script, 'exec'), scratch)
-            value, kind = scratch[target.id], type(scratch[target.id])
-            if kind is tuple:
-                kind = tuple[type(value[0])]                # all of a tuple's elements are of the first one's type
-            if isinstance(node, ast.AnnAssign):
-                kind = typing.Optional[eval(compile(ast.Expression(node.annotation), script, 'eval'), scratch)]
-            keys[target.id] = (value, kind)
+        text = ast.unparse(node)
+        setting = re.match(r'([a-z][a-z0-9_]*)(?:: (\w+))? = ', text)
+        if not setting:
+            continue
+        key, annotation = setting.groups()
+        exec(text, scratch)
+        value = scratch[key]
+        kind = type(value)
+        if kind is tuple:
+            kind = tuple[type(value[0])]                    # all of a tuple's elements are of the first one's type
+        if annotation:
+            kind = typing.Optional[eval(annotation, scratch)]
+        keys[key] = (value, kind)
+    return keys
+
+def blocks(scripts):
+    """The blocks of several scripts as one; of a key that two have, the later's."""
+    keys = {}
+    for script in scripts:
+        keys.update(block(script))
     return keys
 
 def check(key, value, kind, where):
@@ -50,11 +68,13 @@ def check(key, value, kind, where):
     if base is float and type(value) is int:
         return float(value)
     if typing.get_origin(base) is tuple:                    # a scalar is a tuple of one; names may be 'a,b'
-        value = value.split(',') if isinstance(value, str) else value
+        if isinstance(value, str):
+            value = value.split(',')
         values = value if isinstance(value, (tuple, list)) else (value,)
         if not values:
             raise SystemExit(f'{where}: {key} is empty; expected at least one value')
-        return tuple(check(key, v, typing.get_args(base)[0], where) for v in values)
+        element, = typing.get_args(base)
+        return tuple(check(key, v, element, where) for v in values)
     if type(value) is not base:
         raise SystemExit(f'{where}: {key} = {value!r} is a {type(value).__name__}; '
                          f'expected {base.__name__}{" or none" if optional else ""}')
@@ -62,38 +82,36 @@ def check(key, value, kind, where):
 
 def unknown(key, known, where):
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    raise SystemExit(f'{where}: unknown key {key!r}' + (f'; did you mean {near[0]!r}?' if near else ''))
+    hint = f'; did you mean {near[0]!r}?' if near else ''
+    raise SystemExit(f'{where}: unknown key {key!r}{hint}')
 
 # -----------------------------------------------------------------------------
 # overrides
 
 def read_file(path):
     """The keys that a config file sets, each known to some script, as {key: value}."""
-    try:
-        source = open(path, encoding='utf-8').read()
-    except (OSError, UnicodeDecodeError) as e:
-        reason = getattr(e, 'strerror', None) or 'not UTF-8 text'
-        raise SystemExit(f'{path}: {reason}; a config is a Python file such as config/run1.py') from None
     scratch = {}
     try:
-        exec(compile(source, path, 'exec'), scratch)
+        exec(compile(source(os.path.abspath(path)), path, 'exec'), scratch)
     except SyntaxError as e:
         raise SystemExit(f'{path}, line {e.lineno}: {e.msg}') from None
-    except Exception as e:
-        raise SystemExit(f'{path}: {type(e).__name__}: {e}') from None
-    known = {k: kind for s in SCRIPTS for k, (_, kind) in block(s).items()}
+    except Exception as e:                                  # a missing file too
+        raise SystemExit(f'{path}: {type(e).__name__}: {e}; a config is a Python file such as config/run1.py') from None
+    known = blocks(SCRIPTS)
     keys = {}
     for key, value in scratch.items():
-        if key.startswith('_') or isinstance(value, (types.ModuleType, types.FunctionType)):
-            continue
+        if key.startswith('_') or callable(value) or isinstance(value, types.ModuleType):
+            continue                                        # what a config imports or defines to derive its values
         if key not in known:
             unknown(key, known, path)
-        keys[key] = check(key, value, known[key], path)
+        _, kind = known[key]
+        keys[key] = check(key, value, kind, path)
     return keys
 
 def parse(text):
     """A flag's value as Python would read it; true, false and none in lower case too; else the text itself."""
-    text = {'true': 'True', 'false': 'False', 'none': 'None'}.get(text, text)
+    if text in ('true', 'false', 'none'):
+        text = text.capitalize()
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -108,24 +126,18 @@ def configure(script, argv=None, positional=False, stages=()):
     cfg.overrides holds what files and flags have set, cfg.files the names of the files.
     """
     name = os.path.basename(script)
-    keys = {}
-    for s in (*stages, name):
-        keys.update(block(s))
+    keys = blocks((*stages, name))
     argv = sys.argv[1:] if argv is None else argv
     if '-h' in argv or '--help' in argv:
-        for key, (value, _) in keys.items():
-            print(f'--{key}={value!r}'.ljust(40) + comment(key, (name, *stages)))
+        print_block(keys, (name, *stages))
         raise SystemExit(0)
-    files, flags, paths = [], [], []
-    for arg in argv:
-        if arg.startswith('--'):
-            flags.append(arg)
-        elif arg.endswith('.py'):
-            files.append(arg)
-        elif positional:
-            paths.append(arg)
-        else:
-            raise SystemExit(f'{name}: {arg!r} is neither a config file (.py) nor a --key=value flag')
+
+    files = [arg for arg in argv if arg.endswith('.py') and not arg.startswith('--')]
+    flags = [arg for arg in argv if arg.startswith('--')]
+    paths = [arg for arg in argv if arg not in files + flags]
+    if paths and not positional:
+        raise SystemExit(f'{name}: {paths[0]!r} is neither a config file (.py) nor a --key=value flag')
+
     overrides = {}
     for path in files:
         overrides.update(read_file(path))
@@ -134,26 +146,30 @@ def configure(script, argv=None, positional=False, stages=()):
         where = f'{name} {flag}'
         if key not in keys:
             unknown(key, keys, where)
+        _, kind = keys[key]
         if not eq:
-            raise SystemExit(f'{where}: write --{key}={"True" if keys[key][1] is bool else "value"}')
+            raise SystemExit(f'{where}: write {flag}=value')
         value = parse(text)
-        if keys[key][1] is str or (keys[key][1] == typing.Optional[str] and value is not None):
-            value = text                                  # --run=123 names a folder, not a number
-        overrides[key] = check(key, value, keys[key][1], where)
-    cfg = types.SimpleNamespace(**{k: overrides.get(k, value) for k, (value, _) in keys.items()})
-    cfg.overrides, cfg.paths, cfg.files = overrides, paths, files
-    return cfg
+        if kind is str or (kind == typing.Optional[str] and value is not None):
+            value = text                                    # --run=123 names a folder, not a number
+        overrides[key] = check(key, value, kind, where)
+    # a file may have set keys of other scripts too
+    values = {key: overrides.get(key, default) for key, (default, _) in keys.items()}
+    return types.SimpleNamespace(**values, overrides=overrides, paths=paths, files=files)
 
 def at_least(cfg, **least):
     """Stops with one line at the first of these settings that is below its least value; None is none."""
-    for key, value in least.items():
-        if getattr(cfg, key) is not None and getattr(cfg, key) < value:
-            raise SystemExit(f'{key} = {getattr(cfg, key)}: must be at least {value}')
+    for key, lowest in least.items():
+        value = getattr(cfg, key)
+        if value is not None and value < lowest:
+            raise SystemExit(f'{key} = {value}: must be at least {lowest}')
 
-def comment(key, scripts):
-    """The trailing comment of a key in the first of these scripts that has it."""
+def print_block(keys, scripts):
+    """What may be set, with the comment in the first of the scripts that has it. keys: {key: (default, type)}."""
+    left = dict(keys)
     for script in scripts:
-        for line in open(os.path.join(_here, script)):
-            if line.split(':')[0].split('=')[0].strip() == key and '#' in line and not line[0].isspace():
-                return '# ' + line.split('#', 1)[1].strip()
-    return ''
+        for line in source(script).splitlines():
+            setting = re.match(r'(\w+)(?:: \w+)? = .*?(#.*)?$', line)
+            if setting and setting[1] in left:
+                value, _ = left.pop(setting[1])
+                print(f'--{setting[1]}={value!r}'.ljust(39), setting[2] or '')

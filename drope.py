@@ -13,8 +13,10 @@ import os
 
 import shards
 from configurator import block, configure
-from model import build, load_weights, read_config, read_finished
-from train import RAISE_GRAD_ACCUM, data_folder, dominant_topic, fit, machine, memory_errors, read_data, row_order
+from machine import machine, memory_errors
+from model import build, load, load_weights
+from runs import read_config, recal_folder
+from train import RAISE_GRAD_ACCUM, data_folder, fit, read_data
 
 # -----------------------------------------------------------------------------
 # config
@@ -38,53 +40,47 @@ def recal_steps(length, parent_steps):
     """Steps of a recalibration length: at least 1, unless it is 0."""
     return max(1, round(length * parent_steps)) if 0 < length < 1 else int(length)
 
-def recal_folder(parent, length, main_length, parent_steps, keep_rope):
-    """Where the recalibration of a parent folder .../<condition>_rope/seed<k> goes."""
-    arm, seed = os.path.split(os.path.normpath(parent))
-    kind = '_kept' if keep_rope else '_drope'
-    if arm.endswith('_rope'):
-        folder = os.path.join(arm.removesuffix('_rope') + kind, seed)
-    else:                                                   # another layout: --run=out/mine gets out/mine_drope
-        folder = os.path.join(arm, seed) + kind
-    return folder if length == main_length else os.path.join(folder, f'recal_{recal_steps(length, parent_steps)}')
-
-def is_main(folder):
-    """Whether a run is trained, or recalibrated for the first length: not in a further recal_<steps> folder."""
-    return 'recal_' not in os.path.basename(folder)
-
 def recal_config(parent_config, parent, steps, keep_rope, lr_scale, data_dir, meta):
     """The parent's config with what recalibration changes; data_dir, meta: of the rows it reads."""
-    rows = {k: v for k, v in shards.parameters(meta).items() if k not in block('train.py')}
-    c = parent_config | rows | {'data_dir': data_dir}
-    name = c['condition'].removesuffix('_rope') + ('_kept' if keep_rope else '_drope')
-    return {**c, 'condition': name, 'parent': parent, 'max_iters': steps, 'recal_steps': steps, 'keep_rope': keep_rope,
-            'rope': keep_rope, 'order': 'shuffled', 'cycles': 1, 'cooldown': 0.0, 'parent_order': c['order'],
-            'parent_cycles': c['cycles'], 'parent_cooldown': c['cooldown'], 'parent_iters': c['max_iters'],
-            'muon_lr': c['muon_lr'] * lr_scale, 'adam_lr': c['adam_lr'] * lr_scale,
-            'eval_interval': max(1, min(c['eval_interval'], steps // 8)), 'log_interval': min(c['log_interval'], 5)}
+    rows = {k: v for k, v in shards.parameters(meta).items() if k not in block('train.py')}     # seed is the run's own
+    c = parent_config | rows
+    return c | {
+        'parent': parent,
+        'data_dir': data_dir,
+        'rope': keep_rope,
+        'keep_rope': keep_rope,
+        'max_iters': steps,
+        'recal_steps': steps,
+        'order': 'shuffled',
+        'cycles': 1,
+        'cooldown': 0.0,
+        'parent_order': c['order'],
+        'parent_cycles': c['cycles'],
+        'parent_cooldown': c['cooldown'],
+        'parent_iters': c['max_iters'],
+        'parent_max_segments': parent_config.get('max_segments'),
+        'muon_lr': c['muon_lr'] * lr_scale,
+        'adam_lr': c['adam_lr'] * lr_scale,
+        'eval_interval': max(1, min(c['eval_interval'], steps // 8)),
+        'log_interval': min(c['log_interval'], 5)}
 
 def recalibrate(cfg, length):
     """One length of cfg.recal_iters from the parent cfg.run; returns the folder of the recalibrated run."""
     parent = read_config(cfg.run)
     if not parent['rope'] or parent['recal_steps'] is not None:
         raise SystemExit(f'{cfg.run}: not a run trained with RoPE, so there is none to drop')
-    steps = recal_steps(length, parent['max_iters'])
     data_dir = cfg.recal_data_dir or parent['data_dir']
     data = shards.read(data_folder(data_dir, parent['seed'])) if cfg.recal_data_dir else read_data(parent, cfg.run)
+    steps = recal_steps(length, parent['max_iters'])
     c = recal_config(parent, cfg.run, steps, cfg.keep_rope, cfg.recal_lr_scale, data_dir, data.meta)
     c['grad_accum'] = cfg.grad_accum
-    folder = recal_folder(cfg.run, length, cfg.recal_iters[0], parent['max_iters'], cfg.keep_rope)
-    device, dtype, compile = machine(cfg.device, cfg.dtype, cfg.compile)
+    folder = recal_folder(cfg.run, cfg.keep_rope, None if length == cfg.recal_iters[0] else steps)
+    where = machine(cfg.device, cfg.dtype, cfg.compile)
     with memory_errors(RAISE_GRAD_ACCUM.format(**c)):
-        model = build(c).to(device)
-        if not os.path.exists(os.path.join(folder, 'ckpt.pt')):                 # else fit resumes from that one
-            load_weights(model, read_finished(cfg.run, parent), cfg.run)
-        labels = dominant_topic(data.train_topics, c['n_topics'])
-        rows = row_order(labels, steps * c['batch_size'], seed=c['seed'], stream=RECAL_STREAM)
-        val_loss = fit(model, c, rows, labels, data, folder, device, dtype, compile)
-    if val_loss is not None:
-        how = 'with' if cfg.keep_rope else 'without'
-        print(f'{folder}: val loss {val_loss:.4f} nats after {steps} steps {how} RoPE')
+        model = build(c)
+        if not os.path.exists(os.path.join(folder, 'ckpt.pt')):              # else fit resumes from that one
+            load_weights(model, load(cfg.run).state_dict(), cfg.run)
+        fit(model.to(where[0]), c, data, folder, where, RECAL_STREAM)
     return folder
 
 def check(cfg):

@@ -7,16 +7,15 @@ Writes config.json and model.safetensors, and, where the run's dataset has a tok
 tokenizer_config.json; all or nothing. AutoModelForCausalLM and AutoTokenizer of transformers open the folder, and
 so does what builds on them, such as TransformerLens.
 """
-import json
 import os
 import re
 import shutil
 
 from safetensors.torch import save
 
-import shards
 from configurator import configure
-from model import build, load_weights, read_config, read_finished
+from model import load
+from runs import columns, new_folder, read_config, read_json, write_bytes, write_json
 from train import data_folder, read_data
 
 # -----------------------------------------------------------------------------
@@ -34,58 +33,80 @@ def qwen3_config(c):
     # without RoPE it is stock Qwen3 too: its angles divided by 1e30, so that cos is 1 and sin nothing beside it
     scaling = None if c['rope'] else {'rope_type': 'linear', 'factor': 1e30}
     return {
-        'architectures': ['Qwen3ForCausalLM'], 'model_type': 'qwen3', 'dtype': 'float32',
-        'vocab_size': c['vocab_size'], 'max_position_embeddings': c['block_size'], 'tie_word_embeddings': True,
-        'num_hidden_layers': c['n_layer'], 'hidden_size': c['n_embd'], 'intermediate_size': c['mlp_hidden'],
-        'num_attention_heads': c['n_head'], 'num_key_value_heads': c['n_kv_head'], 'head_dim': c['head_dim'],
-        'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'attention_bias': False, 'attention_dropout': 0.0,
-        'use_sliding_window': False, 'sliding_window': None,
+        'architectures': ['Qwen3ForCausalLM'],
+        'model_type': 'qwen3',
+        'dtype': 'float32',
+        'vocab_size': c['vocab_size'],
+        'max_position_embeddings': c['block_size'],
+        'tie_word_embeddings': True,
+        'num_hidden_layers': c['n_layer'],
+        'hidden_size': c['n_embd'],
+        'intermediate_size': c['mlp_hidden'],
+        'num_attention_heads': c['n_head'],
+        'num_key_value_heads': c['n_kv_head'],
+        'head_dim': c['head_dim'],
+        'hidden_act': 'silu',
+        'rms_norm_eps': 1e-6,
+        'attention_bias': False,
+        'attention_dropout': 0.0,
+        'use_sliding_window': False,
+        'sliding_window': None,
         'rope_parameters': {**(scaling or {'rope_type': 'default'}), 'rope_theta': c['rope_theta']},
         # transformers before 5 reads these instead, and would rotate a model without RoPE and not say so
-        'rope_theta': c['rope_theta'], 'rope_scaling': scaling}
+        'rope_theta': c['rope_theta'],
+        'rope_scaling': scaling}
 
 def special_tokens(path, vocab_size):
     """
-    {'eos_token': (token, id), ...} of a tokenizer.json, what each is for told by its name; None where there is no
-    such file. Stops with one line if it is broken or has tokens that a model of vocab_size does not have.
+    {'eos_token': (token, id), ...} of a tokenizer.json, what each is for told by its name. Stops with one line if the
+    file is broken or has tokens that a model of vocab_size does not have.
     """
+    tokenizer = read_json(path, 'make the dataset again')
     try:
-        with open(path, encoding='utf-8') as f:
-            tokenizer = json.load(f)
-        added = [(t['content'], t['id']) for t in tokenizer['added_tokens'] if t['special']]
-        largest = max([*tokenizer['model']['vocab'].values(), *(i for _, i in added)])
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        added = {t['content']: t['id'] for t in tokenizer['added_tokens'] if t['special']}
+        largest = max({**tokenizer['model']['vocab'], **added}.values())
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise SystemExit(f'{path}: not a BPE of the tokenizers library; make the dataset again') from None
     if largest >= vocab_size:
         raise SystemExit(f'{path}: has a token {largest}, the model only {vocab_size} tokens: not of this run')
-    named = {re.sub(r'\W', '', token).lower(): (token, i) for token, i in added}   # <|endoftext|>: endoftext
-    return {ROLES[name]: found for name, found in named.items() if name in ROLES}
+    found = {}
+    for token, i in added.items():
+        name = re.sub(r'\W', '', token).lower()             # <|endoftext|>: endoftext
+        if name in ROLES:
+            found[ROLES[name]] = (token, i)
+    return found
 
 def main(cfg):
     """Writes the folder cfg.out_dir from the run cfg.run; returns its name."""
     if not cfg.run or not cfg.out_dir:
         raise SystemExit('export_hf.py: --run=FOLDER, the trained run, and --out_dir=FOLDER, the folder to write')
     c = read_config(cfg.run)
-    model = load_weights(build(c), read_finished(cfg.run, c), cfg.run)
-    tokenizer = os.path.join(data_folder(c['data_dir'], c['seed']), 'tokenizer.json')
-    if os.path.exists(tokenizer):
-        read_data(c, cfg.run)                                               # not the tokenizer of another dataset
-    special = special_tokens(tokenizer, c['vocab_size'])
-    with shards.new_folder(cfg.out_dir) as folder:
-        with open(os.path.join(folder, 'model.safetensors'), 'wb') as f:
-            f.write(save(model.state_dict(), {'format': 'pt'}))             # Hugging Face's names, and no lm_head
-        ids = {f'{role}_id': i for role, (_, i) in (special or {}).items()}
-        shards.write_json(os.path.join(folder, 'config.json'), {**qwen3_config(c), **ids})
-        if special is not None:
-            shutil.copyfile(tokenizer, os.path.join(folder, 'tokenizer.json'))
-            shards.write_json(os.path.join(folder, 'tokenizer_config.json'), {
+    model = load(cfg.run)
+    if not model.stock_positions():
+        raise SystemExit(f'{cfg.run}: stock Qwen3 has the same plain RoPE in every layer, or none, and plain causal '
+                         'attention; this model has other positions (model.py) and cannot be exported')
+    source = os.path.join(data_folder(c['data_dir'], c['seed']), 'tokenizer.json')
+    has_tokenizer = os.path.exists(source)                  # a run can be exported where its data is gone
+    special = {}
+    if has_tokenizer:
+        read_data(c, cfg.run)                               # stops at the tokenizer of another dataset
+        special = special_tokens(source, c['vocab_size'])
+
+    with new_folder(cfg.out_dir) as folder:
+        weights = save(model.state_dict(), {'format': 'pt'})                # Hugging Face's names, and no lm_head
+        write_bytes(os.path.join(folder, 'model.safetensors'), weights)
+        ids = {f'{role}_id': i for role, (_, i) in special.items()}
+        write_json(os.path.join(folder, 'config.json'), {**qwen3_config(c), **ids})
+        if has_tokenizer:
+            shutil.copy(source, folder)
+            tokens = {role: token for role, (token, _) in special.items()}
+            write_json(os.path.join(folder, 'tokenizer_config.json'), {
                 'tokenizer_class': 'PreTrainedTokenizerFast',               # the file as it is, not Qwen's own rules
-                'model_max_length': c['block_size'], 'clean_up_tokenization_spaces': False,
-                **{role: token for role, (token, _) in special.items()}})
-    print(f'{cfg.out_dir}: {c["condition"]} as Qwen3, '
-          + (f'no tokenizer ({tokenizer} is not there)' if special is None else 'with its tokenizer'))
+                'model_max_length': c['block_size'],
+                'clean_up_tokenization_spaces': False,
+                **tokens})
+    tokenizer = 'with its tokenizer' if has_tokenizer else f'no tokenizer ({source} is not there)'
+    print(f'{cfg.out_dir}: {columns(c)["condition"]} as Qwen3, {tokenizer}')
     return cfg.out_dir
 
 if __name__ == '__main__':

@@ -8,8 +8,7 @@ import os
 import torch
 
 from configurator import at_least, configure
-from model import build, load_weights, read_config, read_finished
-from train import machine, read_data
+from train import open_finished
 
 # -----------------------------------------------------------------------------
 # config
@@ -29,34 +28,36 @@ device = ''                 # as in train.py
 def continuation(model, ids, n_tokens, temperature, top_k, generator):
     """ids, a list of tokens, and n_tokens drawn after it; the model sees the last block_size of them."""
     for _ in range(n_tokens):
-        window = torch.tensor([ids[-model.block_size:]], device=next(model.parameters()).device)
-        logits = model(window)[0, -1].float().cpu()                                        # [vocab_size]
-        if temperature == 0:
-            ids = ids + [int(logits.argmax())]
-            continue
+        window = torch.tensor([ids[-model.block_size:]], device=model.cos.device)
+        logits = model(window)[0, -1].float().cpu()         # [vocab_size]
         best, which = logits.topk(min(top_k, len(logits)))
-        weights = ((best - best[0]) / temperature).softmax(0)              # best[0] is the largest
-        ids = ids + [int(which[torch.multinomial(weights, 1, generator=generator)])]
+        if temperature == 0:
+            pick = 0
+        else:
+            weights = ((best - best[0]) / temperature).softmax(0)          # best[0] is the largest
+            pick = torch.multinomial(weights, 1, generator=generator)
+        ids = ids + [int(which[pick])]
     return ids
 
 def main(cfg):
+    """Prints the continuations; returns them."""
     if not cfg.run:
         raise SystemExit('sample.py: --run=FOLDER, the trained run to sample from')
     at_least(cfg, n_samples=1, n_tokens=1, top_k=1, temperature=0, seed=0)
-    c = read_config(cfg.run)
-    ckpt = read_finished(cfg.run, c)
-    path = os.path.join(read_data(c, cfg.run).folder, 'tokenizer.json')
+    _, model, data, _ = open_finished(cfg.run, cfg.device)
+    path = os.path.join(data.folder, 'tokenizer.json')
     if not os.path.exists(path):
         raise SystemExit(f'{path}: missing; only runs on text (prepare_wiki.py) can be sampled')
     from tokenizers import Tokenizer                        # only here
-    tokenizer, generator = Tokenizer.from_file(path), torch.Generator().manual_seed(cfg.seed)
+    tokenizer = Tokenizer.from_file(path)
     ids = tokenizer.encode(cfg.prompt.encode('utf-8', 'replace').decode()).ids     # a shell may give stray bytes
     if not ids:
         raise SystemExit('prompt is empty; give a few words with --prompt="..."')
-    model = load_weights(build(c), ckpt, cfg.run).to(machine(cfg.device)[0]).eval()
+    generator = torch.Generator().manual_seed(cfg.seed)
     texts = []
     for i in range(cfg.n_samples):
-        texts.append(tokenizer.decode(continuation(model, ids, cfg.n_tokens, cfg.temperature, cfg.top_k, generator)))
+        tokens = continuation(model, ids, cfg.n_tokens, cfg.temperature, cfg.top_k, generator)
+        texts.append(tokenizer.decode(tokens))
         print(f'--- {i + 1}\n{texts[-1]}\n')
     return texts
 

@@ -9,57 +9,41 @@ Your own labelled tokens become a dataset with
     shards.write(folder, dict(train=..., train_topics=..., val=..., val_topics=...),
                  dict(vocab_size=..., block_size=..., n_topics=...))
 """
-import contextlib
-import glob
 import hashlib
-import json
+import math
 import os
 import shutil
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
 
-NAMES = ('train', 'train_topics', 'val', 'val_topics', 'val_posterior')  # order of reading; the last is optional
-BLOCK = 1 << 14  # rows cast and written at a time, so that memory-mapped arrays of any size can be written
+from runs import new_folder, read_json, write_json
+
+DTYPES = {'train': np.uint16, 'train_topics': np.uint8, 'val': np.uint16, 'val_topics': np.uint8,
+          'val_posterior': np.float16}                      # in the order of reading; the last is optional
+NEEDED = ('vocab_size', 'block_size', 'n_topics')           # of meta.json
+RESULTS = ('rows', 'files', 'extra', 'references', 'reference_rows', 'corpus')     # what is no parameter in it
+BLOCK = 1 << 14             # rows cast and written at a time, so that memory-mapped arrays of any size can be written
 
 
-def dtype_of(name):
-    return np.float16 if name.endswith('_posterior') else np.uint8 if name.endswith('_topics') else np.uint16
+def file_entry(path):
+    """What meta.json says of a file: {'bytes', 'sha256'}."""
+    with open(path, 'rb') as f:
+        sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
+    return {'bytes': os.path.getsize(path), 'sha256': sha256}
 
 
-def running(pid):
-    """Whether a process with this number runs on this machine."""
-    try:
-        os.kill(int(pid), 0)  # signal 0 only asks
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-@contextlib.contextmanager
-def new_folder(folder):
-    """
-    Fill a folder, all or nothing: yields the name of a temporary sibling, which is renamed at the end. Stops with one
-    line if the folder exists or cannot be written.
-    """
-    folder = os.path.abspath(folder)
-    if os.path.lexists(folder):
-        raise SystemExit(f'{folder}: is there already; delete it first, or write to another folder')
-    temporary = f'{folder}.tmp-{os.getpid()}'
-    try:
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
-        for stale in glob.glob(f'{glob.escape(folder)}.tmp-*'):  # what killed runs left behind
-            if stale == temporary or not running(stale.rpartition('-')[2]):
-                shutil.rmtree(stale)
-        os.mkdir(temporary)
-        yield temporary
-        os.rename(temporary, folder)
-    except OSError as error:
-        raise SystemExit(f'{folder}: cannot be written ({error.strerror}); make room or choose another') from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after the rename there is none
+def write_array(path, array, dtype):
+    """Write an array block by block; stops with one line where it holds what its dtype cannot."""
+    with open(path, 'wb') as f:
+        for start in range(0, len(array), BLOCK):
+            rows = np.asarray(array[start:start + BLOCK])
+            if dtype != np.float16:
+                largest = np.iinfo(dtype).max
+                if rows.dtype.kind not in 'iu' or rows.min() < 0 or rows.max() > largest:
+                    raise SystemExit(f'{os.path.basename(path)} must hold integers from 0 to {largest}')
+            f.write(np.ascontiguousarray(rows, dtype))
 
 
 def write(folder, arrays, meta, extra=None):
@@ -71,48 +55,34 @@ def write(folder, arrays, meta, extra=None):
     dataset, {name: the folder it is copied from}. Stops with one line if the folder exists,
     cannot be written, or would not be readable.
     """
-    folder, files = os.path.abspath(folder), {}
     with new_folder(folder) as temporary:
+        files = {}
         for name, array in arrays.items():
-            path, dtype, digest = os.path.join(temporary, f'{name}.bin'), dtype_of(name), hashlib.sha256()
-            if name not in NAMES or np.ndim(array) != (3 if dtype == np.float16 else 2):
+            if name not in DTYPES or np.ndim(array) != (3 if name == 'val_posterior' else 2):
                 raise SystemExit(f'{folder}: cannot write {name!r} of shape {np.shape(array)}; the arrays are '
-                                 f'{", ".join(NAMES)}, [rows, block_size + 1] (the posterior [.., n_topics])')
-            with open(path, 'wb') as f:
-                for i in range(0, len(array), BLOCK):
-                    rows = np.asarray(array[i:i + BLOCK])
-                    if dtype != np.float16 and (rows.dtype.kind not in 'iu' or rows.min() < 0
-                                                or rows.max() > np.iinfo(dtype).max):
-                        raise SystemExit(f'{folder}: {name} must hold integers from 0 to {np.iinfo(dtype).max}')
-                    rows = np.ascontiguousarray(rows, dtype)
-                    f.write(rows)
-                    digest.update(rows)
-            files[f'{name}.bin'] = {'bytes': os.path.getsize(path), 'sha256': digest.hexdigest()}
+                                 f'{", ".join(DTYPES)}, [rows, block_size + 1] (the posterior [.., n_topics])')
+            path = os.path.join(temporary, f'{name}.bin')
+            write_array(path, array, DTYPES[name])
+            files[f'{name}.bin'] = file_entry(path)
         rows = {name: len(arrays[name]) for name in ('train', 'val') if name in arrays}
-        extras = {}
-        for name, where in (extra or {}).items():
-            shutil.copy(os.path.join(where, name), temporary)
-            with open(os.path.join(temporary, name), 'rb') as f:
-                sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
-            extras[name] = {'bytes': os.path.getsize(f.name), 'sha256': sha256}
-        with open(os.path.join(temporary, 'meta.json'), 'w') as f:
-            json.dump({**meta, 'rows': rows, 'files': files} | ({'extra': extras} if extras else {}),
-                      f, indent=1, allow_nan=False)
-        read(temporary)  # what the reader would refuse never gets the final name
+        meta = {**meta, 'rows': rows, 'files': files}
+        if extra:
+            meta['extra'] = {}
+            for name, where in extra.items():
+                path = shutil.copy(os.path.join(where, name), temporary)
+                meta['extra'][name] = file_entry(path)
+        write_json(os.path.join(temporary, 'meta.json'), meta)
+        read(temporary)                                     # what the reader would refuse never gets the final name
 
 
 def read_meta(folder):
     """meta.json of a dataset folder as a dict. Stops with one line if it is missing or is not one."""
     path = os.path.join(folder, 'meta.json')
-    try:
-        with open(path) as f:
-            meta = json.load(f)
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.exists(path):
         raise SystemExit(f'{folder}: no dataset here; make it with: python data_synth.py config/X.py (or '
-                         'prepare_wiki.py)') from None
-    except (OSError, ValueError) as error:
-        raise SystemExit(f'{path}: cannot be read as JSON ({error}); delete the folder and make it again') from None
-    for key in ('vocab_size', 'block_size', 'n_topics'):
+                         'prepare_wiki.py)')
+    meta = read_json(path, 'delete the folder and make it again')
+    for key in NEEDED:
         if not isinstance(meta, dict) or type(meta.get(key)) is not int or meta[key] < 1:
             raise SystemExit(f'{path}: needs {key}, a positive integer')
     return meta
@@ -125,30 +95,36 @@ def read(folder):
     bounds are checked at every start, sha256 is not: that takes too long. Stops with one line that names the file
     which is missing, truncated or out of bounds.
     """
-    meta, data = read_meta(folder), {}
-    for name, there in meta.get('extra', {}).items():
+    meta = read_meta(folder)
+    files = {**meta.get('files', {}), **meta.get('extra', {})}
+    for name, entry in files.items():
         path = os.path.join(folder, name)
-        if not os.path.isfile(path) or os.path.getsize(path) != there['bytes']:
-            raise SystemExit(f'{path}: missing, or not the {there["bytes"]:,} bytes of meta.json; make it again')
-    width, limits = meta['block_size'] + 1, {np.uint16: meta['vocab_size'], np.uint8: meta['n_topics']}
-    for name in NAMES:
-        path, dtype, data[name] = os.path.join(folder, f'{name}.bin'), dtype_of(name), None
+        if not os.path.isfile(path) or os.path.getsize(path) != entry['bytes']:
+            raise SystemExit(f'{path}: missing, or not the {entry["bytes"]:,} bytes of meta.json; make it again')
+
+    data = {'val_posterior': None}
+    for name, dtype in DTYPES.items():
+        path = os.path.join(folder, f'{name}.bin')
+        split, _, labels = name.partition('_')              # 'val', 'topics'; tokens have no labels
+        shape = (meta['block_size'] + 1,)
         if not os.path.isfile(path):
-            if dtype == np.float16 and f'{name}.bin' not in meta.get('files', {}):
+            if labels == 'posterior':
                 continue
             raise SystemExit(f'{path}: missing; delete the folder and make it again')
-        shape = (width, meta['n_topics']) if dtype == np.float16 else (width,)
-        size, row_bytes = os.path.getsize(path), int(np.prod(shape)) * np.dtype(dtype).itemsize
-        split = name.partition('_')[0]  # topics and posterior must have the rows of their tokens
-        rows = meta.get('rows', {}).get(split, size // row_bytes) if name == split else len(data[split])
-        if size != rows * row_bytes or rows < 1:
-            whose = 'meta.json' if name == split else f'{split}.bin'
+        if labels == 'posterior':
+            shape += (meta['n_topics'],)
+        row_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        size = os.path.getsize(path)
+        rows = len(data[split]) if labels else size // row_bytes           # labels have the rows of their tokens
+        if rows < 1 or size != rows * row_bytes:
             raise SystemExit(f'{path}: has {size:,} bytes, not the {max(rows, 1):,} rows of {row_bytes:,} that '
-                             f'{whose} has (block_size + 1 tokens): truncated or of another dataset; make it again')
+                             f'{split}.bin and meta.json have (block_size + 1 tokens); make it again')
         data[name] = np.memmap(path, dtype, 'r', shape=(rows, *shape))
-        if dtype in limits and (largest := int(data[name].max())) >= limits[dtype]:
-            key = 'vocab_size' if dtype == np.uint16 else 'n_topics'
-            raise SystemExit(f'{path}: holds {largest}, but meta.json has {key} = {limits[dtype]}; make them agree')
+        if labels != 'posterior':
+            key = 'n_topics' if labels else 'vocab_size'
+            largest = data[name].max()
+            if largest >= meta[key]:
+                raise SystemExit(f'{path}: holds {largest}, but meta.json has {key} = {meta[key]}; make them agree')
     return SimpleNamespace(meta=meta, folder=folder, **data)
 
 
@@ -170,34 +146,20 @@ def is_there(folder, parameters):
     parent = os.path.dirname(os.path.abspath(folder))
     try:
         os.makedirs(parent, exist_ok=True)
+        tempfile.TemporaryFile(dir=parent).close()          # asks for the permission now, not when all is computed
     except OSError as error:
         raise SystemExit(f'{folder}: cannot be written ({error.strerror}); choose another data_dir') from None
-    if not os.access(parent, os.W_OK):
-        raise SystemExit(f'{folder}: cannot be written (no permission in {parent}); choose another data_dir')
     return False
 
 
 def parameters(meta):
     """What tells a dataset from others: what it was built with, or, where that is not known, its checksums."""
-    other = ('rows', 'files', 'extra', 'references', 'reference_rows', 'corpus')
-    known = {k: v for k, v in meta.items() if k not in other}
+    known = {key: value for key, value in meta.items() if key not in RESULTS}
     if meta.get('kind') != 'synthetic':
-        known['sha256'] = [f['sha256'][:16] for f in meta.get('files', {}).values()]
+        known['sha256'] = [entry['sha256'][:16] for entry in meta.get('files', {}).values()]
     return known
 
 
 def digest(array):
     """A short fingerprint of an array's bytes."""
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16]
-
-
-def write_text(path, text):
-    """Replace a small file, atomically."""
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        f.write(text)
-    os.replace(path + '.tmp', path)
-
-
-def write_json(path, value):
-    """Replace a JSON file, atomically; NaN is an error."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + '\n')

@@ -2,7 +2,6 @@
 import hashlib
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2
+from scipy.stats import chi2, multinomial
 
 import data_synth
 import shards
@@ -18,27 +17,29 @@ from configurator import configure
 
 SMALL = ('--vocab_size=64', '--n_topics=3', '--block_size=63', '--min_segment_len=8', '--train_rows=300',
          '--val_rows=100')
+NAMES = ('train', 'train_topics', 'val', 'val_topics')
 CHAINS = {'range': ('--chain=range',), 'group': ('--chain=group', '--n_groups=8', '--repeats=False')}
 
+each_chain = pytest.mark.parametrize('chain', CHAINS)
 
 def config(*flags):
     return configure('data_synth.py', ['--device=cpu', *flags])
 
+def tables_of(*flags):
+    """(tables [T, R, V] in fp64, and as tensors: tables, sums, row_of)"""
+    made = data_synth.make_tables(config(*flags), np.random.SeedSequence(0))
+    return made[0].astype(float), *map(torch.from_numpy, made)
 
-def tables_of(*flags, seed=0):
-    """(config, tables as an array [T, R, V], tables and row_of as tensors for bayes_filter)"""
-    cfg = config(*flags)
-    tables, sums, row_of = data_synth.make_tables(cfg, np.random.SeedSequence(seed))
-    return cfg, tables, sums, row_of
-
+def drawn(chain, sums, row_of, rows, length, most, shortest, n_topics, repeats):
+    """Topics uint8 and tokens int64 [rows, length] of 2 to `most` segments."""
+    rng, first = np.random.default_rng(2), 3 if chain == 'range' else 0
+    lengths = data_synth.draw_segments(rng, chain, rows, length, 2, most, shortest)
+    topics = data_synth.draw_topics(rng, lengths, n_topics, repeats)
+    return topics, data_synth.draw_tokens(rng, sums, row_of, first, topics).astype(int)
 
 def build(tmp_path, *flags):
+    """A small dataset, read back."""
     return shards.read(data_synth.main(config(f'--data_dir={tmp_path}', *SMALL, *flags)))
-
-
-def bytes_of(folder, name):
-    return open(os.path.join(folder, name), 'rb').read()
-
 
 def refused(text, function, *args):
     """The call stops with one line that holds the text."""
@@ -46,120 +47,86 @@ def refused(text, function, *args):
         function(*args)
     assert text in str(stop.value) and '\n' not in str(stop.value), stop.value
 
-
 # -----------------------------------------------------------------------------
 # chains
 
 def test_range_tables():
-    cfg, tables, sums, row_of = tables_of('--vocab_size=259', '--n_topics=4', '--concentration=3')
-    assert tables.shape == (4, 256, 259) and (row_of[3:] == np.arange(256)).all()
-    np.testing.assert_allclose(tables.sum(2), 1, atol=1e-6)
+    tables, _, sums, row_of = tables_of('--vocab_size=259', '--n_topics=4', '--concentration=3')
+    assert tables.shape == (4, 256, 259) and (row_of[3:] == torch.arange(256)).all()
     assert not tables[:, :, :3].any()                       # PAD, BOS, EOS are never emitted
     for z, seed in enumerate(np.random.SeedSequence(0).spawn(4)):
-        rng, size = np.random.default_rng(seed), 64         # the specification again, entry by entry
+        rng, own = np.random.default_rng(seed), range(3 + z * 64, 67 + z * 64)             # the specification again
         normals = rng.standard_normal((256, 256), np.float32).astype(float)
-        own = range(3 + z * size, 3 + z * size + size)
-        order = rng.permutation(size)
-        pairs = {(own[order[i]], own[order[32 + i]]) for i in range(32)}  # 64 tokens have room for 32 of the 50
-        assert len({token for pair in pairs for token in pair}) == 64
+        order = rng.permutation(64)
+        pairs = {(own[a], own[b]) for a, b in zip(order[:32], order[32:])}     # 64 tokens have room for 32 of the 50
         for a in range(3, 259, 5):
             row = np.array([normals[a - 3, b - 3] ** 2 / 2 * (3 if b in own else 1)
                             * (10 / 0.3 if (a, b) in pairs else 1) for b in range(3, 259)])
             np.testing.assert_allclose(tables[z, a - 3, 3:], row / row.sum(), rtol=1e-4, atol=1e-9)
-    flat = sums.ravel()
-    assert (np.diff(flat) >= 0).all() and (sums[:, :, -1].ravel() == np.arange(1, 1025)).all()
+    assert (np.diff(sums.ravel()) >= 0).all() and (sums[:, :, -1].ravel() == torch.arange(1, 1025)).all()
 
-
-def test_range_is_dirichlet_half():
-    _, tables, _, _ = tables_of('--vocab_size=403', '--n_topics=1', '--concentration=1')
-    p = tables[0, :, 3:] * 400                              # 50 of 160,000 entries are signatures
+def test_range_chain_is_the_logs():
+    """Dirichlet(0.5) rows, and 7.28 nats of transition entropy, on some rows of two topics of Run 1."""
+    p = tables_of('--vocab_size=403', '--n_topics=1', '--concentration=1')[0][0, :, 3:] * 400
     assert abs(np.mean(p < 0.01) - chi2(1).cdf(0.01)) < 0.005 and abs(np.mean(p < 1) - chi2(1).cdf(1)) < 0.02
-
-
-def test_range_transition_entropy():
-    """The log's 7.28 nats, on the first 100 rows of two topics of Run 1."""
-    cfg, h = config(), []
+    h = []
     for z in (0, 1):
-        p = data_synth.range_table(np.random.default_rng(z), z, cfg)[::40].astype(float)
+        p = data_synth.range_table(np.random.default_rng(z), z, config())[::40].astype(float)
         h.append(-(p * np.log(np.maximum(p, 1e-30))).sum(1).mean())
     assert abs(np.mean(h) - 7.28) < 0.01
 
-
 def test_group_tables():
-    _, tables, _, row_of = tables_of('--chain=group', '--vocab_size=96', '--n_groups=12', '--n_topics=3')
+    tables, P, _, row_of = tables_of('--chain=group', '--vocab_size=96', '--n_groups=12', '--n_topics=3')
     assert tables.shape == (3, 12, 96) and (np.bincount(row_of) == 8).all()
-    full = tables[:, row_of].astype(float)                  # [T, V, V]
-    np.testing.assert_allclose(full.sum(2), 1, atol=1e-6)
-    np.testing.assert_allclose(full.sum(1), 1, atol=1e-6)   # doubly stochastic: every token equally frequent
+    full = tables[:, row_of]                                # [T, V, V], doubly stochastic: tokens equally frequent
+    for axis in (1, 2):
+        np.testing.assert_allclose(full.sum(axis), 1, atol=1e-6)
     groups = tables.reshape(3, 12, 12, 8)
     assert (groups == groups[..., :1]).all()                # uniform inside the next group
-    logs = np.log(groups[..., 0])                           # Sinkhorn moves rows and columns alone: interactions stay
+    logs = np.log(groups[..., 0])                           # Sinkhorn moves rows and columns: interactions stay
     inter = logs - logs.mean(1, keepdims=True) - logs.mean(2, keepdims=True) + logs.mean((1, 2), keepdims=True)
     assert abs(inter.std() / (1.5 * 11 / 12) - 1) < 0.12 and abs(np.corrcoef(inter.reshape(3, -1))).min() < 0.2
-    uniform = data_synth.topic_given_token((torch.from_numpy(tables), torch.from_numpy(row_of)))
-    np.testing.assert_allclose(uniform, 1 / 3, atol=1e-5)
+    np.testing.assert_allclose(data_synth.topic_given_token((P, row_of)), 1 / 3, atol=1e-5)
 
-
-@pytest.mark.parametrize('chain', CHAINS)
+@each_chain
 def test_tokens_follow_the_tables(chain):
-    cfg, tables, sums, row_of = tables_of(*CHAINS[chain], '--vocab_size=16', '--n_topics=2')
-    rng = np.random.default_rng(1)
-    topics = data_synth.draw_topics(rng, data_synth.draw_segments(rng, chain, 2000, 64, 2, 5, 8), 2, True)
+    tables, _, sums, row_of = tables_of(*CHAINS[chain], '--vocab_size=16', '--n_topics=2')
+    topics, tokens = drawn(chain, sums, row_of, 2000, 64, 5, 8, 2, True)
     first = 3 if chain == 'range' else 0
-    sums, rows = torch.from_numpy(sums), torch.from_numpy(row_of)
-    tokens = data_synth.draw_tokens(np.random.SeedSequence(3), sums, rows, first, topics)
     assert abs(np.bincount(tokens[:, 0], minlength=16)[first:] / 2000 - 1 / (16 - first)).max() < 0.025
     counts = np.zeros((2, 16, 16))
     np.add.at(counts, (topics[:, 1:], tokens[:, :-1], tokens[:, 1:]), 1)  # also across boundaries
-
-    def p_value(tables):
-        expected = tables[:, row_of] * counts.sum(2, keepdims=True)
+    p = []
+    for other in (tables, tables[::-1], tables[:, ::-1]):   # the topics' tables exchanged, the rows in another order
+        expected = other[:, row_of] * counts.sum(2, keepdims=True)
         use = expected > 5
-        stat = ((counts - expected)[use] ** 2 / expected[use]).sum()
-        return chi2(use.sum() - 2 * (16 - first)).sf(stat)
-
-    assert p_value(tables.astype(float)) > 1e-4
-    assert p_value(tables[::-1].astype(float)) < 1e-12      # the topics' tables exchanged
-    assert p_value(tables[:, ::-1].astype(float)) < 1e-12   # the rows in another order
-
+        p.append(chi2(use.sum() - 2 * (16 - first)).sf(((counts - expected)[use] ** 2 / expected[use]).sum()))
+    assert p[0] > 1e-4 and max(p[1:]) < 1e-12
 
 # -----------------------------------------------------------------------------
 # segments
 
-def test_segment_counts_and_minima():
-    for chain in CHAINS:
-        lengths = data_synth.draw_segments(np.random.default_rng(0), chain, 20_000, 100, 2, 5, 12)
-        n = (lengths > 0).sum(1)
-        assert (lengths.sum(1) == 100).all() and lengths[lengths > 0].min() >= 12
-        assert (np.diff((lengths > 0).astype(int), axis=1) <= 0).all()      # zeros come last
-        assert abs(np.bincount(n)[2:] / 20_000 - 0.25).max() < 0.015 and n.min() == 2 and n.max() == 5
-        assert (data_synth.draw_segments(np.random.default_rng(0), chain, 9, 20, 1, 1, 12) == 20).all()  # pure windows
-
-
-@pytest.mark.parametrize('chain', CHAINS)
-def test_segment_lengths_follow_the_specification(chain):
-    """Three segments with 6 spare tokens, against all 28 ways: multinomial weights or uniform."""
+@each_chain
+def test_segment_lengths(chain):
+    """Counts and minima; and three segments with 6 spare tokens in all 28 ways: multinomial weights or uniform."""
+    lengths = data_synth.draw_segments(np.random.default_rng(0), chain, 20_000, 100, 2, 5, 12)
+    assert (lengths.sum(1) == 100).all() and lengths[lengths > 0].min() >= 12
+    assert (np.diff((lengths > 0).astype(int), axis=1) <= 0).all()          # zeros come last
+    assert abs(np.bincount((lengths > 0).sum(1), minlength=6) / 20_000 - [0, 0, .25, .25, .25, .25]).max() < 0.015
     lengths = data_synth.draw_segments(np.random.default_rng(0), chain, 30_000, 15, 3, 3, 3) - 3
-    f = np.cumprod([1, *range(1, 7)])                       # factorials
-    ways = [(a, b, 6 - a - b) for a in range(7) for b in range(7 - a)]
-    p = np.array([f[6] / f[a] / f[b] / f[c] / 3**6 if chain == 'range' else 1 / 28 for a, b, c in ways])
+    ways = [way for way in itertools.product(range(7), repeat=3) if sum(way) == 6]
+    p = multinomial(6, [1 / 3] * 3).pmf(ways) if chain == 'range' else np.full(28, 1 / 28)
     seen = np.array([(lengths == way).all(1).sum() for way in ways])
-    assert abs(p.sum() - 1) < 1e-12 and seen.sum() == 30_000
-    assert chi2(27).sf(((seen - 30_000 * p) ** 2 / (30_000 * p)).sum()) > 1e-4
+    assert seen.sum() == 30_000 and chi2(27).sf(((seen - 30_000 * p) ** 2 / (30_000 * p)).sum()) > 1e-4
 
+@pytest.mark.parametrize('repeats, wanted', ((True, np.full((4, 4), 1 / 16)), (False, (1 - np.eye(4)) / 12)))
+def test_topics_of_segments(repeats, wanted):
+    topics = data_synth.draw_topics(np.random.default_rng(0), np.full((20_000, 4), 2), 4, repeats)
+    assert topics.shape == (20_000, 8) and (topics[:, ::2] == topics[:, 1::2]).all()
+    pairs = np.histogram2d(topics[:, 0:6:2].ravel(), topics[:, 2:8:2].ravel(), range(5))[0]
+    assert abs(pairs / pairs.sum() - wanted).max() < 0.005 and (repeats or not pairs.trace())
 
-def test_topics_of_segments():
-    lengths = np.full((20_000, 4), 2)
-    for repeats in (True, False):
-        topics = data_synth.draw_topics(np.random.default_rng(0), lengths, 4, repeats)
-        assert topics.shape == (20_000, 8) and (topics[:, ::2] == topics[:, 1::2]).all()
-        pairs = np.zeros((4, 4))
-        np.add.at(pairs, (topics[:, 0:6:2], topics[:, 2:8:2]), 1)
-        wanted = np.full((4, 4), 1 / 16) if repeats else (1 - np.eye(4)) / 12
-        assert abs(pairs / pairs.sum() - wanted).max() < 0.005 and (repeats or not pairs.trace())
-
-
-@pytest.mark.parametrize('chain', CHAINS)
+@each_chain
 def test_hazard_is_the_frequency_of_ends(chain):
     lengths = data_synth.draw_segments(np.random.default_rng(0), chain, 200_000, 24, 2, 5, 3)
     starts = np.cumsum(np.pad(lengths, ((0, 0), (1, 0))), 1)[:, :-1]
@@ -171,20 +138,18 @@ def test_hazard_is_the_frequency_of_ends(chain):
             assert abs(hazard[s, t] - (ends == t).sum() / alive) < 4.5 * 0.5 / np.sqrt(alive)
     assert not hazard[:, :3].any() and hazard[0, 21] == pytest.approx(1)    # a last chance for the first of two
 
-
 # -----------------------------------------------------------------------------
 # the filter
 
 def enumerate_rows(tokens, tables, row_of, chain, low, high, shortest, repeats):
-    """log P(x_t | past) [B, S-1] and P(z_t | x_0..x_t) [B, S, T], by the sum over every segmentation and labelling."""
+    """log P(x_t | past) [B, S-1] and P(z_t | x_0..x_t) [B, S, T], by a sum over all segmentations and labellings."""
     (B, S), T = tokens.shape, len(tables)
     mass = np.zeros((B, S, T))                              # P(x_1..x_t, z_t | x_0)
     for n in range(low, high + 1):
         cuts = [c for c in itertools.product(range(shortest, S + 1), repeat=n) if sum(c) == S]
-        weight = np.array([1 / math.prod(math.factorial(k - shortest) for k in c) if chain == 'range' else 1
-                           for c in cuts])
-        labels = [z for z in itertools.product(range(T), repeat=n)
-                  if repeats or all(a != b for a, b in zip(z, z[1:]))]
+        spread = multinomial(S - n * shortest, [1 / n] * n).pmf(np.array(cuts) - shortest)
+        weight = spread if chain == 'range' else np.ones(len(cuts))
+        labels = [z for z in itertools.product(range(T), repeat=n) if repeats or all(np.diff(z))]
         for cut, w in zip(cuts, weight / weight.sum()):
             for label in labels:
                 z = np.repeat(label, cut)
@@ -194,36 +159,26 @@ def enumerate_rows(tokens, tables, row_of, chain, low, high, shortest, repeats):
     total = mass.sum(2)
     return np.log(total[:, 1:] / total[:, :-1]), mass / total[:, :, None]
 
-
 @pytest.mark.parametrize('most', (2, 3))
 @pytest.mark.parametrize('repeats', (True, False))
-@pytest.mark.parametrize('chain', CHAINS)
+@each_chain
 def test_filter_against_enumeration(chain, repeats, most):
-    cfg, tables, sums, row_of = tables_of(f'--chain={chain}', '--vocab_size=15', '--n_topics=3', '--concentration=3',
-                                          '--n_groups=5', '--beta=1')
-    rng, first = np.random.default_rng(2), 3 if chain == 'range' else 0
-    topics = data_synth.draw_topics(rng, data_synth.draw_segments(rng, chain, 200, 14, 2, most, 3), 3, repeats)
-    P, sums, rows = torch.from_numpy(tables), torch.from_numpy(sums), torch.from_numpy(row_of)
-    tokens = data_synth.draw_tokens(np.random.SeedSequence(1), sums, rows, first, topics).astype(int)
-    exact, belief = enumerate_rows(tokens, tables.astype(float), row_of, chain, 2, most, 3, repeats)
+    tables, P, sums, row_of = tables_of(f'--chain={chain}', '--vocab_size=15', '--n_topics=3', '--concentration=3',
+                                        '--n_groups=5', '--beta=1')
+    _, tokens = drawn(chain, sums, row_of, 200, 14, most, 3, 3, repeats)
+    exact, belief = enumerate_rows(tokens, tables, row_of, chain, 2, most, 3, repeats)
     hazard = torch.from_numpy(data_synth.hazard_table(chain, 14, 2, most, 3))
-    logp, posterior = data_synth.bayes_filter(torch.from_numpy(tokens), (P, rows), hazard, repeats)
-    logp, posterior = logp.numpy(), posterior.numpy()
+    lik = data_synth.likelihood(torch.from_numpy(tokens), (P, row_of))
+    p, posterior = data_synth.bayes_filter(lik, hazard, repeats)
+    logp, posterior = p.log().T.numpy(), posterior.transpose(0, 1).numpy()
     assert logp.shape == (200, 13) and posterior.shape == (200, 14, 3)
     np.testing.assert_allclose(posterior.sum(2), 1, atol=1e-12)
     assert abs(logp.mean() - exact.mean()) < 3e-4 and abs(posterior - belief).mean() < 5e-3
-    end = 14 if most == 2 else 6        # exact with one boundary: none is forgotten, and two need 6 tokens before them
+    end = 14 if most == 2 else 6        # exact with one boundary: none is forgotten; two need 6 tokens before them
     np.testing.assert_allclose(logp[:, :end - 1], exact[:, :end - 1], atol=1e-6)
     np.testing.assert_allclose(posterior[:, :end], belief[:, :end], atol=1e-6)
 
-
-def test_impossible_tokens():
-    cfg, tables, _, row_of = tables_of(*SMALL)
-    tables, hazard = (torch.from_numpy(tables), torch.from_numpy(row_of)), torch.zeros(4, 4, dtype=torch.float64)
-    refused('no topic can make', data_synth.bayes_filter, torch.tensor([[5, 6, 0, 7]]), tables, hazard, True)
-
-
-@pytest.mark.parametrize('chain', CHAINS)
+@each_chain
 def test_references(tmp_path, chain):
     flags = (*SMALL, '--vocab_size=256', *CHAINS[chain])
     data = build(tmp_path, *flags, '--eval_rows=80')
@@ -231,199 +186,147 @@ def test_references(tmp_path, chain):
     assert loss['oracle'] < loss['filter'] < loss['bigram'] < loss['uniform'] == pytest.approx(np.log(256))
     assert data.meta['reference_rows'] == 80 and data.val_posterior.shape == (100, 64, 3)
     tables, _, row_of = data_synth.make_tables(config(*flags), np.random.SeedSequence(0).spawn(3)[0])
-    x, z = data.val[:80].astype(int), data.val_topics[:80]
-    p = tables[:, row_of[x[:, :-1]], x[:, 1:]].astype(float)                # [T, 80, 63]
-    true = np.take_along_axis(p, z[None, :, 1:].astype(int), 0)
-    assert loss['oracle'] == pytest.approx(-np.log(true).mean(), abs=1e-6)
-    full = tables[:, row_of].astype(float)                                  # stationary: the rows of a high power
+    x, z, full = data.val[:80].astype(int), data.val_topics[:80].astype(int), tables[:, row_of].astype(float)
+    p = full[:, x[:, :-1], x[:, 1:]]                                        # [T, 80, 63]
+    assert loss['oracle'] == pytest.approx(-np.log(np.take_along_axis(p, z[None, :, 1:], 0)).mean(), abs=1e-6)
+    # stationary: the rows of a high power
     frequency = np.stack([np.linalg.matrix_power(m[3:, 3:] if chain == 'range' else m, 64)[0] for m in full])
     post = (frequency / frequency.sum(0))[:, x[:, :-1] - 3 * (chain == 'range')]
     assert loss['bigram'] == pytest.approx(-np.log((post * p).sum(0)).mean(), abs=1e-5)
-    right = data.val_posterior.argmax(2) == data.val_topics                 # it knows topics, best far from a boundary
+    right = data.val_posterior.argmax(2) == data.val_topics                # best far from a boundary
     assert right[:, 6:].mean() > 0.6 > 0.45 > right[:, 0].mean()
-
 
 # -----------------------------------------------------------------------------
 # the files
 
-@pytest.mark.parametrize('chain', CHAINS)
-def test_same_seed_same_bytes(tmp_path, chain):
-    for name, flags in {'a': (), 'b': (), 'c': ('--train_rows=77', '--min_segments=1', '--max_segments=1'),
-                        'd': ('--seed=1',)}.items():
-        data_synth.main(config(f'--data_dir={tmp_path}/{name}', *SMALL, *CHAINS[chain], *flags))
-    a, b, c, d = (f'{tmp_path}/{name}/seed{int(name == "d")}' for name in 'abcd')
-    for name in os.listdir(a):
-        assert bytes_of(a, name) == bytes_of(b, name)
-        assert bytes_of(a, name) != bytes_of(d, name)
-        assert (bytes_of(a, name) == bytes_of(c, name)) == (name in ('val.bin', 'val_topics.bin', 'val_posterior.bin'))
-    pure = shards.read(c)
-    assert (pure.train_topics == pure.train_topics[:, :1]).all() and len(pure.train) == 77
-    assert (pure.val_topics != pure.val_topics[:, :1]).any()
-    if chain == 'group':                                                    # repeats=False: 2-5 runs of at least 8
-        runs = (np.diff(pure.val_topics.astype(int), axis=1) != 0).sum(1) + 1
-        assert set(runs) == {2, 3, 4, 5}
+# what seed 0 has meant from the beginning: train, train_topics, val, val_topics, and the filter's loss
+FROZEN = {
+    'range': ('507757bc55e890ce', '39a15d1e6817202f', '15030e58939018b9', '509df07bdb765fce', 3.033664),
+    'group': ('6f06aa2f8170be85', '084cdd5d9ec536c3', 'a68da874cbb8c8c4', '308e3458dc70fb00', 3.836029)}
 
+@each_chain
+def test_a_seed_is_these_bytes(tmp_path, chain):
+    a = build(tmp_path / 'a', *CHAINS[chain], '--train_rows=25100')         # more than share a random stream
+    assert [shards.digest(getattr(a, name)) for name in NAMES] == list(FROZEN[chain][:4])
+    assert a.meta['references']['filter'] == pytest.approx(FROZEN[chain][4], abs=1e-6)
+    assert (a.train[:100, 0] == a.val[:, 0]).mean() < 0.2                   # validation rows: a stream of their own
+    b = build(tmp_path / 'b', *CHAINS[chain], '--train_rows=77', '--min_segments=1', '--max_segments=1')
+    for name in ('val', 'val_topics', 'val_posterior'):                     # whatever the training rows are
+        assert (getattr(a, name) == getattr(b, name)).all()
+    assert (b.train_topics == b.train_topics[:, :1]).all() and len(b.train) == 77
+    if chain == 'group':                                                    # repeats=False: 2-5 runs of at least 8
+        assert set((np.diff(b.val_topics.astype(int), axis=1) != 0).sum(1) + 1) == {2, 3, 4, 5}
 
 def test_there_already_or_with_other_parameters(tmp_path, capsys):
-    build(tmp_path)
+    data = build(tmp_path)
+    assert data.meta['rows'] == {'train': 300, 'val': 100} and len(data.meta['files']) == 5
+    for name, entry in data.meta['files'].items():
+        raw = (tmp_path / 'seed0' / name).read_bytes()
+        assert entry == {'bytes': len(raw), 'sha256': hashlib.sha256(raw).hexdigest()}
     before = os.stat(f'{tmp_path}/seed0/val.bin').st_mtime_ns
     build(tmp_path)
     assert 'is there' in capsys.readouterr().out and os.stat(f'{tmp_path}/seed0/val.bin').st_mtime_ns == before
     refused('n_topics is 3 there, 4 here; concentration is 5.0 there, 9.0 here', build, tmp_path, '--n_topics=4',
             '--concentration=9')
+    refused('--data_script=', data_synth.main, config(f'--data_dir={tmp_path}/seed0', *SMALL))
+    assert os.listdir(tmp_path) == ['seed0'] and 'seed0' not in os.listdir(tmp_path / 'seed0')
 
-
-def test_meta(tmp_path):
-    data = build(tmp_path)
-    assert data.meta['rows'] == {'train': 300, 'val': 100} and data.meta['kind'] == 'synthetic'
-    for name, entry in data.meta['files'].items():
-        raw = bytes_of(f'{tmp_path}/seed0', name)
-        assert entry == {'bytes': len(raw), 'sha256': hashlib.sha256(raw).hexdigest()}
-    assert len(data.meta['files']) == 5 and os.listdir(tmp_path) == ['seed0']
-    assert (data.train[:100, 0] == data.val[:, 0]).mean() < 0.2  # validation rows have a stream of their own
-
-
-def own(rows=6, **changes):
-    """Somebody's own labelled tokens: 10 kinds, rows of 5, 2 topics."""
-    rng = np.random.default_rng(0)
-    arrays = {'train': rng.integers(0, 10, (rows, 5)), 'val': rng.integers(0, 10, (2, 5)),
-              'train_topics': rng.integers(0, 2, (rows, 5)), 'val_topics': rng.integers(0, 2, (2, 5))}
-    return {**arrays, **changes}
-
-
-META = {'vocab_size': 10, 'block_size': 4, 'n_topics': 2}
-
+META = {'vocab_size': 10, 'block_size': 4, 'n_topics': 2}       # somebody's own labelled tokens: rows of 5
+OWN = {'train': np.arange(30).reshape(6, 5) % 10, 'train_topics': np.arange(30).reshape(6, 5) % 2,
+       'val': np.arange(10).reshape(2, 5), 'val_topics': np.arange(10).reshape(2, 5) % 2}
 
 def test_own_tokens(tmp_path):
-    shards.write(tmp_path / 'x', own(), META)
-    data = shards.read(tmp_path / 'x')
-    assert (data.train == own()['train']).all() and data.train.dtype == np.uint16 and data.val_posterior is None
-    assert (data.val_topics == own()['val_topics']).all() and data.val_topics.dtype == np.uint8
+    (tmp_path / 'tokenizer.json').write_text('{}')
+    shards.write(tmp_path / 'x', OWN, META, {'tokenizer.json': tmp_path})
+    refused('is there already', shards.write, tmp_path / 'x', OWN, META)
     os.mkdir(tmp_path / 'y')                                # or by hand: four files and the three numbers
-    for name, array in own().items():
-        array.astype(shards.dtype_of(name)).tofile(tmp_path / 'y' / f'{name}.bin')
+    for name, array in OWN.items():
+        array.astype(shards.DTYPES[name]).tofile(tmp_path / 'y' / f'{name}.bin')
     (tmp_path / 'y' / 'meta.json').write_text(json.dumps(META))
-    assert (shards.read(tmp_path / 'y').train == data.train).all()
-    refused('is there already', shards.write, tmp_path / 'y', own(), META)
-
+    for data in map(shards.read, (tmp_path / 'x', tmp_path / 'y')):
+        assert all((getattr(data, name) == OWN[name]).all() for name in NAMES) and data.val_posterior is None
+        assert data.train.dtype == np.uint16 and data.val_topics.dtype == np.uint8
+    (tmp_path / 'x/tokenizer.json').write_text('{"other": 1}')
+    refused('tokenizer.json: missing, or not the 2 bytes', shards.read, tmp_path / 'x')
+    says = {'val_topics.bin': 'val_topics.bin: missing', 'meta.json': 'python data_synth.py config/'}
+    for name, line in says.items():
+        os.remove(tmp_path / 'y' / name)
+        refused(line, shards.read, tmp_path / 'y')
 
 @pytest.mark.parametrize('change, line', (
-    (dict(train=own()['train'] + 65530), 'train must hold integers from 0 to 65535'),
-    (dict(train=own()['train'] - 5), 'train must hold integers'),
-    (dict(val=own()['val'] * 0.5), 'val must hold integers'),
-    (dict(val=own()['val'] + 10), 'val.bin: holds 1'),
-    (dict(val_topics=own()['val_topics'] + 2), 'val_topics.bin: holds 3, but meta.json has n_topics = 2'),
-    (dict(train_topics=own(5)['train_topics']), 'train_topics.bin: has 25 bytes, not the 6 rows'),
-    (dict(train_topics=own()['train_topics'][:, :3]), 'train_topics.bin: has 18 bytes'),
-    (dict(train=own()['train'].ravel()), "cannot write 'train' of shape (30,)"),
-    (dict(extra=own()['train']), "cannot write 'extra'"),
-    (dict(val=own()['val'][:0], val_topics=own()['val'][:0]), 'val.bin: has 0 bytes'),
-    (dict(val_posterior=np.zeros((2, 5, 3))), 'val_posterior.bin: has 60 bytes, not the 2 rows of 20'),
-))
+    (dict(train=OWN['train'] + 65530), 'train.bin must hold integers from 0 to 65535'),
+    (dict(train=OWN['train'] - 5), 'train.bin must hold integers'),
+    (dict(val=OWN['val'] * 0.5), 'val.bin must hold integers'),
+    (dict(val_topics=OWN['val_topics'] + 2), 'val_topics.bin: holds 3, but meta.json has n_topics = 2'),
+    (dict(train_topics=OWN['train_topics'][:5]), 'train_topics.bin: has 25 bytes, not the 6 rows'),
+    (dict(train=OWN['train'].ravel()), "cannot write 'train' of shape (30,)"),
+    (dict(val=OWN['val'][:0], val_topics=OWN['val'][:0]), 'val.bin: has 0 bytes'),
+    (dict(val_posterior=np.zeros((2, 5, 3))), 'val_posterior.bin: has 60 bytes, not the 2 rows of 20')))
 def test_write_refuses(tmp_path, change, line):
-    refused(line, shards.write, tmp_path / 'x', own(**change), META)
+    refused(line, shards.write, tmp_path / 'x', OWN | change, META)
     assert not os.listdir(tmp_path)                         # nothing is left behind
 
-
-def damage(folder, name, change):
-    path = folder / name
-    path.write_bytes(change(path.read_bytes()))
-
-
-@pytest.mark.parametrize('name, change, line', (
-    ('train.bin', lambda b: b[:-1], 'train.bin: has 59 bytes, not the 6 rows of 10 that meta.json has'),
-    ('train.bin', lambda b: b[:-10], 'train.bin: has 50 bytes'),
-    ('val_topics.bin', lambda b: b[:-5], 'val_topics.bin: has 5 bytes, not the 2 rows of 5 that val.bin has'),
-    ('train_topics.bin', lambda b: b + b'\0', 'train_topics.bin: has 31 bytes'),
-    ('val.bin', lambda b: b[:-2] + b'\x0a\0', 'val.bin: holds 10, but meta.json has vocab_size = 10'),
-    ('train_topics.bin', lambda b: b'\x02' + b[1:], 'train_topics.bin: holds 2, but meta.json has n_topics = 2'),
-    ('meta.json', lambda b: b[:-9], 'meta.json: cannot be read as JSON'),
-    ('meta.json', lambda b: b'\xff', 'meta.json: cannot be read as JSON'),
-    ('meta.json', lambda b: b'[1]', 'meta.json: needs vocab_size'),
-    ('meta.json', lambda b: b.replace(b'"n_topics": 2', b'"n_topics": "2"'), 'meta.json: needs n_topics'),
-))
-def test_read_names_the_bad_file(tmp_path, name, change, line):
-    shards.write(tmp_path / 'x', own(), META)
-    damage(tmp_path / 'x', name, change)
+@pytest.mark.parametrize('name, raw, line', (
+    ('train.bin', bytes(59), 'train.bin: missing, or not the 60 bytes'),
+    ('val.bin', b'\x0a\0' * 10, 'val.bin: holds 10, but meta.json has vocab_size = 10'),
+    ('train_topics.bin', bytes(29) + b'\x02', 'train_topics.bin: holds 2, but meta.json has n_topics = 2'),
+    ('meta.json', b'{"vocab_size": 10', 'meta.json: cannot be read as JSON'),
+    ('meta.json', b'[1]', 'meta.json: needs vocab_size'),
+    ('meta.json', json.dumps(META | {'n_topics': '2'}).encode(), 'meta.json: needs n_topics')))
+def test_read_names_the_bad_file(tmp_path, name, raw, line):
+    shards.write(tmp_path / 'x', OWN, META)
+    (tmp_path / 'x' / name).write_bytes(raw)
     refused(line, shards.read, tmp_path / 'x')
-
-
-def test_read_names_the_missing_file(tmp_path):
-    refused('python data_synth.py config/', shards.read, tmp_path / 'x')
-    refused('python data_synth.py config/', shards.read, tmp_path)
-    shards.write(tmp_path / 'x', own(val_posterior=np.zeros((2, 5, 2))), META)
-    for name in ('val_posterior.bin', 'val_topics.bin', 'train.bin'):
-        os.remove(tmp_path / 'x' / name)
-        refused(f'{name}: missing', shards.read, tmp_path / 'x')
-
 
 def test_unwritable(tmp_path):
     (tmp_path / 'file').write_text('')
-    refused('cannot be written', shards.write, tmp_path / 'file' / 'x', own(), META)
-    refused('cannot be written', data_synth.main, config(f'--data_dir={tmp_path}/file', *SMALL))
+    refused('cannot be written', shards.write, tmp_path / 'file' / 'x', OWN, META)
+    refused('cannot be written', shards.is_there, tmp_path / 'file' / 'x', META)
+    refused('cannot be written', shards.is_there, '/proc/x', META)          # where even root may not write
     (tmp_path / 'seed0').mkdir()
     refused('is no dataset', build, tmp_path)
 
-
-def test_the_name_comes_last(tmp_path, monkeypatch):
-    seen, read = [], shards.read
-    monkeypatch.setattr(shards, 'read', lambda folder: (seen.append(os.stat(folder).st_ino), read(folder)))
-    shards.write(tmp_path / 'x', own(), META)
-    assert seen == [os.stat(tmp_path / 'x').st_ino]         # the folder that was checked, renamed, and no copy of it
-
-
-def test_exception_leaves_nothing(tmp_path):
-    class Breaks(np.ndarray):                               # the last array fails, the others have been written
-        def __getitem__(self, rows):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        shards.write(tmp_path / 'x', own(val_topics=own()['val_topics'].view(Breaks)), META)
-    assert not os.listdir(tmp_path)
-
-
 def test_kill_leaves_no_dataset(tmp_path):
     """A process that dies while it writes: its temporary folder is no dataset, and the next run clears it away."""
-    code = ('import os, signal, sys, test_data, shards\n'
+    code = ('import os, signal, sys, test_data as t, shards\n'
             'shards.read = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n'  # all is written but the rename
-            'shards.write(sys.argv[1], test_data.own(), test_data.META)')
-    died = subprocess.run([sys.executable, '-c', code, tmp_path / 'x'], cwd=os.path.dirname(os.path.abspath(__file__)))
+            'shards.write(sys.argv[1], t.OWN, t.META)')
+    here = os.path.dirname(os.path.abspath(__file__))
+    died = subprocess.run([sys.executable, '-c', code, tmp_path / 'x'], cwd=here)
     left = os.listdir(tmp_path)
     assert died.returncode == -9 and len(left) == 1 and left[0].startswith('x.tmp-')
-    refused('no dataset here', shards.read, tmp_path / 'x')
     os.mkdir(tmp_path / f'x.tmp-{os.getppid()}')            # a run that is still alive is left alone
-    shards.write(tmp_path / 'x', own(), META)
+    shards.write(tmp_path / 'x', OWN, META)
     assert sorted(os.listdir(tmp_path)) == ['x', f'x.tmp-{os.getppid()}'] and shards.read(tmp_path / 'x')
 
-
 @pytest.mark.parametrize('flags, line', (
-    (('--chain=bigram',), "chain='bigram': choose range or group"),
-    (('--vocab_size=70000',), 'vocab_size=70000'),
-    (('--n_topics=256',), 'n_topics=256'),
-    (('--chain=group', '--n_groups=7'), 'n_groups=7 does not cut vocab_size=64'),
-    (('--min_segment_len=20',), '5 segments of min_segment_len=20 do not fit in a row of block_size + 1 = 64'),
-    (('--max_segments=9',), '9 segments'),
-    (('--min_segments=4', '--max_segments=3'), 'min_segments=4 is more than max_segments=3'),
-    (('--min_segments=0',), 'min_segments=0: must be at least 1'),
-    (('--val_rows=0',), 'val_rows=0'),
-    (('--seed=-1',), 'seed=-1'),
-    (('--n_topics=1', '--repeats=False'), 'n_topics=1 needs repeats=True'),
-    (('--n_topics=40',), 'need 83'),
-    (('--concentration=0',), 'concentration=0'),
-    (('--chain=group', '--n_groups=8', '--beta=-1'), 'beta=-1'),
-    (('--vocab_size=65535', '--n_topics=255'), 'the tables need'),
-    (('--device=tpu9',), "device='tpu9'"),
-))
+    ('--chain=bigram', "chain = 'bigram': choose range or group"), ('--val_rows=0', 'val_rows = 0'),
+    ('--vocab_size=70000', 'vocab_size = 70000'), ('--n_topics=256', 'n_topics = 256'),
+    ('--chain=group --n_groups=7', 'n_groups = 7 does not cut vocab_size = 64'), ('--n_topics=40', 'need 83'),
+    ('--min_segment_len=20', '5 segments of min_segment_len = 20 do not fit in a row of block_size + 1 = 64'),
+    ('--max_segments=9', '9 segments'), ('--seed=-1', 'seed = -1'),
+    ('--min_segments=4 --max_segments=3', 'max_segments = 3: must be at least 4'),
+    ('--n_topics=1 --repeats=False', 'n_topics = 1: must be at least 2'),
+    ('--concentration=0', 'concentration = 0'), ('--chain=group --n_groups=8 --beta=-1', 'beta = -1'),
+    ('--device=tpu9', 'device = tpu9')))
 def test_bad_settings(tmp_path, flags, line):
-    refused(line, build, tmp_path, *flags)
+    refused(line, build, tmp_path, *flags.split())
     assert not os.listdir(tmp_path)
 
+def test_what_a_config_defines_to_derive_its_values_is_no_key(tmp_path):
+    """Modules, functions and classes, its own and imported ones; what else it sets must be a key of some script."""
+    path = tmp_path / 'own.py'
+    text = 'import math\nfrom math import sqrt\nclass Size: tokens = 9\ndef half(x): return x // 2\n'
+    path.write_text(text + 'n_topics, vocab_size = half(Size.tokens), int(sqrt(144))  # naïve, in UTF-8\n', 'utf-8')
+    assert configure('data_synth.py', [str(path)]).overrides == {'n_topics': 4, 'vocab_size': 12}
+    path.write_text(text + 'n_topic = 3\n')
+    refused("unknown key 'n_topic'; did you mean 'n_topics'?", configure, 'data_synth.py', [str(path)])
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('chain', CHAINS)
+@each_chain
 def test_same_bytes_on_gpu(tmp_path, chain):
     cpu, gpu = (build(tmp_path / device, *CHAINS[chain], f'--device={device}') for device in ('cpu', 'cuda'))
-    for name in ('train', 'train_topics', 'val', 'val_topics'):
+    for name in NAMES:
         assert (getattr(cpu, name) == getattr(gpu, name)).all()
     np.testing.assert_allclose(cpu.val_posterior, gpu.val_posterior, atol=1e-3)
     for key, loss in cpu.meta['references'].items():

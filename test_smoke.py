@@ -3,20 +3,19 @@ import glob
 import json
 import os
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
+import measures
+import report
 import run_experiment
+import runs
 import shards
+from analyze import curve, orderedness
 from configurator import SCRIPTS, block, configure
-from compare import (base, effects, forgetting, matched, max_t, orderedness, recovery, recovery_effects, sign_flip_p,
-                     smallest_effect, t_interval, verdict)
-from run_experiment import publish_results, publish_run
-from test_train import HERE, TINY, dataset, drawn_again, run         # noqa: F401 (dataset is a fixture)
+from test_train import HERE, TINY, dataset, run                            # noqa: F401 (dataset is a fixture)
 
 EXPERIMENT = """
 data_dir, out_dir = 'data/tiny', 'out/tiny'
@@ -47,41 +46,52 @@ def load(*path):
 # -----------------------------------------------------------------------------
 # an experiment, end to end
 
+def rows_of(folder):
+    """{(condition, seed, recal_steps): row} of an experiment."""
+    return {(r['condition'], r['seed'], r['recal_steps']): r for r in runs.read_rows(folder)[1]}
+
+def untimed(rows):
+    return {key: {k: v for k, v in r.items() if k != 'seconds'} for key, r in rows.items()}
+
 def test_experiment(workspace):
     here, printed = workspace
-    summary = load(here, 'out/tiny/summary.json')
-    assert len(summary['runs']) == 5 * 2 * (1 + 2 * 2)          # arms x seeds x (rope + {drope, kept} x two lengths)
-    assert {r['condition'] for r in summary['runs']} == {
+    header, rows = runs.read_rows(f'{here}/out/tiny')
+    assert len(rows) == 5 * 2 * (1 + 2 * 2)                     # arms x seeds x (rope + {drope, kept} x two lengths)
+    assert {r['condition'] for r in rows} == {
         f'{arm}_{kind}' for arm in ('mha_shuffled', 'mha_topic_ordered', 'mha_topic_c4', 'mha_shuffled_pure',
                                     'gqa_topic_ordered') for kind in ('rope', 'drope', 'kept')}
-    reference = summary['references']
+    r = rows_of(f'{here}/out/tiny')['gqa_topic_ordered_drope', 1, 6]
+    assert (r['attention'], r['order'], r['cycles'], r['cooldown'], r['pure'], r['positions'], r['main']) == (
+        'gqa', 'topic', 1, 0.0, False, 'drope', True)
+    reference = r['references']
     assert reference['oracle'] < reference['filter'] < reference['bigram'] < reference['uniform']
-    assert all(len(r['probe']) == 3 and 0 < r['within'] < 1 and r['entropy'] > 0 for r in summary['runs'])
-    analysis = load(here, 'out/tiny/gqa_topic_ordered_drope/seed1/analysis.json')
-    assert analysis['causal'] and analysis['recal_steps'] == 6 and len(analysis['heads']['score_p'][1]) == 2
-    lens = load(here, 'out/tiny/gqa_topic_ordered_drope/seed1/lens.json')
-    assert lens['settings']['lens_rows'] == 16 and len(lens['within']['silu']['projection']['chance']) == 5
-    assert load(here, 'results/tiny/gqa_topic_ordered_drope/seed1/lens.json')['within'] == lens['within']
-    for name in ('loss', 'scores_p', 'maps', 'probe', 'distance', 'lens', 'strip', 'circuits', 'spectra', 'effects',
-                 'matched', 'factors', 'ablation', 'forgetting', 'order', 'free'):
+    assert r['measures_version'] == measures.VERSION and r['excess'] == r['val_loss'] - reference['filter']
+    assert np.shape(r['heads']['score_p']) == (2, 2)
+    assert len(r['probe']['accuracy']) == len(r['probe']['references']['control']) == 3
+    assert np.mean(r['heads']['entropy']) == pytest.approx(r['mean']['entropy']) and r['uniform']['qk_rank'] > 1
+    assert len(r['lens']['projection']['chance']) == 5 and r['config']['parent_order'] == 'topic'
+    log = runs.read_log(f'{here}/out/tiny/gqa_topic_ordered_drope/seed1')
+    assert r['val_loss'] == log[-1]['val_loss'] and np.sum(r['curve']['topics']) == 6 * 4
+    for name in ('loss', 'order', 'heads', 'maps', 'probe', 'effects', 'matched', 'lens'):
         assert os.path.getsize(f'{here}/out/tiny/figures/{name}.png') > 5000
-    report = open(f'{here}/out/tiny/summary.md').read()
-    assert 'mha_shuffled_rope' in report and 'figures/loss.png' in report and 'mha_shuffled_rope' in printed
-    for part in ('The probe and its controls', 'Paired differences', 'At equal loss', 'Realised order'):
-        assert f'## {part}\n' in report
-    contrasts = {e['contrast'] for e in summary['effects']}
-    named = ('topic_ordered', 'topic_c4', 'shuffled_pure')
-    assert {f'mha {arm} - shuffled, drope - kept' for arm in named} <= contrasts
-    assert 'MHA: the effect of topic order on P' in report and 'MHA: the effect of topic order on P' in printed
-    assert {tuple(m['arms']) for m in summary['matched']} >= {('topic_ordered', 'shuffled'), ('topic_c4', 'shuffled')}
+    text = open(f'{here}/out/tiny/summary.md').read()
+    assert 'figures/loss.png' in text and 'mha_shuffled_rope' in text and 'mha_shuffled_rope' in printed
+    for part in ('The probe and its references', 'Circuits', 'Paired differences', 'At equal loss', 'Realised order'):
+        assert f'## {part}\n' in text
+    contrasts = {tuple(e['arms']) for e in report.effects(header, rows)}
+    assert {(f'mha_{order}', 'mha_shuffled') for order in ('topic_ordered', 'topic_c4', 'shuffled_pure')} <= contrasts
+    for path in glob.glob(f'{here}/out/tiny/**/*.json*', recursive=True):   # no NaN anywhere
+        if not path.endswith('.lock'):
+            assert 'NaN' not in open(path).read() and 'Infinity' not in open(path).read()
 
 def test_recalibration_reads_mixed_rows_in_every_arm(workspace):
     here, _ = workspace
-    config = lambda name: load(here, f'out/tiny/{name}/seed0/config.json')
+    config = lambda name: runs.read_config(f'{here}/out/tiny/{name}/seed0')
     assert config('mha_shuffled_pure_rope')['max_segments'] == 1
     for kind in ('drope', 'kept'):
         pure, mixed = config(f'mha_shuffled_pure_{kind}'), config(f'mha_shuffled_{kind}')
-        assert {k for k in pure if pure[k] != mixed[k]} == {'condition', 'parent'} and pure['max_segments'] == 5
+        assert {k for k in pure if pure[k] != mixed[k]} == {'parent', 'parent_max_segments'}
+        assert pure['max_segments'] == 5
     digests = [torch.load(f'{here}/out/tiny/{arm}_drope/seed0/ckpt.pt', weights_only=True)['rows']
                for arm in ('mha_shuffled', 'mha_topic_c4', 'mha_shuffled_pure')]
     assert len(set(digests)) == 1
@@ -92,196 +102,130 @@ def test_another_dataset_in_its_place(workspace, script, tmp_path):
     here, kind = workspace[0], 'rope' if script == 'drope.py' else 'drope'
     shutil.copytree(f'{here}/data/tiny', tmp_path / 'data')
     shutil.copytree(f'{here}/out/tiny/mha_shuffled_{kind}/seed1', tmp_path / 'run')
-    config = load(tmp_path, 'run/config.json') | {'data_dir': str(tmp_path / 'data')}
-    json.dump(config, open(tmp_path / 'run/config.json', 'w'))
-    meta = load(tmp_path, 'data/seed1/meta.json')
-    json.dump(meta | {'beta': 1.5}, open(tmp_path / 'data/seed1/meta.json', 'w'))
+    config = runs.read_config(tmp_path / 'run') | {'data_dir': str(tmp_path / 'data')}
+    runs.write_json(f'{tmp_path}/run/config.json', config)
+    meta = runs.read_json(tmp_path / 'data/seed1/meta.json')
+    runs.write_json(f'{tmp_path}/data/seed1/meta.json', meta | {'beta': 1.5})
     done = run(script, f'--run={tmp_path}/run', cwd=here)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'beta = 2.0, there 1.5' in done.stderr
-    json.dump(meta, open(tmp_path / 'data/seed1/meta.json', 'w'))
-    json.dump(config | {'eval_rows': 7}, open(tmp_path / 'run/config.json', 'w'))           # a run's own is no other
-    if script != 'drope.py':
-        open(tmp_path / 'run/log.jsonl', 'w').close()
-        done = run(script, f'--run={tmp_path}/run', cwd=here)
-        assert done.returncode == (script == 'analyze.py') and len(done.stderr.splitlines()) == (script == 'analyze.py')
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'beta = 1.5 there, here 2.0' in done.stderr
 
 def test_published_figures_can_be_drawn_again(workspace, tmp_path):
-    """What is left out of published JSON is what no figure shows."""
-    drawn, published = drawn_again(f'{workspace[0]}/results/tiny', tmp_path)
-    assert {'maps.png', 'spectra.png', 'circuits.png', 'strip.png'} < set(drawn)
-    assert drawn == published
+    """Report and figures come from the published rows alone, and are the same to the byte."""
+    results = f'{workspace[0]}/results/tiny'
+    assert set(os.listdir(results)) == {'runs.jsonl', 'summary.md', 'examples.json', 'figures'}
+    copy = shutil.copytree(results, tmp_path / 'tiny', ignore=shutil.ignore_patterns('figures'))
+    for script in ('plot.py', 'report.py'):
+        done = run(script, str(copy))
+        assert done.returncode == 0, done.stderr
+    assert len(os.listdir(copy / 'figures')) == 8
+    for path in ['summary.md', *(f'figures/{name}' for name in os.listdir(copy / 'figures'))]:
+        assert open(f'{copy}/{path}', 'rb').read() == open(f'{results}/{path}', 'rb').read(), path
 
 def test_experiment_goes_on_where_it_stopped(workspace):
     here, _ = workspace
-    before = load(here, 'out/tiny/summary.json')['runs']
-    os.remove(f'{here}/out/tiny/mha_shuffled_rope/seed0/ckpt.pt')              # done all the same: its JSON is there
+    before = untimed(rows_of(f'{here}/out/tiny'))
+    os.remove(f'{here}/out/tiny/mha_shuffled_rope/seed0/ckpt.pt')              # done all the same: its row is there
     shutil.rmtree(f'{here}/out/tiny/gqa_topic_ordered_kept')                   # done all the same: it is published
-    os.remove(f'{here}/out/tiny/mha_shuffled_kept/seed1/lens.json')            # done all the same: older runs have none
     plan = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--dry_run=True', cwd=here)
     assert plan.returncode == 0 and 'to do' not in plan.stdout.split('\n', 1)[1] and '50 runs' in plan.stdout
-    open(f'{here}/out/tiny/figures/words.png', 'w').close()                    # of an earlier report
     again = run('run_experiment.py', 'tiny.py', '--seeds=0,1', cwd=here)
-    assert again.returncode == 0 and 'to do: 0 of 10' in again.stdout
-    assert '4 runs are done and published in results/tiny' in again.stdout
-    assert not os.path.exists(f'{here}/out/tiny/figures/words.png')
-    other = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--max_iters=13', '--dry_run=True', cwd=here)
-    assert other.returncode == 0 and 'other' in other.stdout and 'holds a run with another max_iters' in other.stdout
-    assert load(here, 'out/tiny/summary.json')['runs'] == before
+    assert again.returncode == 0 and 'to do: 0 of 10' in again.stdout, again.stderr
+    other = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--max_iters=13', cwd=here)
+    refuses(other, 'holds a run with other settings (max_iters = 12, here 13)')
+    assert untimed(rows_of(f'{here}/out/tiny')) == before
+    left = run('run_experiment.py', 'tiny.py', '--seeds=0', '--publish=True', cwd=here)
+    assert left.returncode == 1 and 'seed 1, which is not in this plan' in left.stderr
     shutil.rmtree(f'{here}/out/tiny/mha_shuffled_drope/seed0')
     shutil.rmtree(f'{here}/results')
     again = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--jobs=2', cwd=here)
     assert again.returncode == 0, again.stderr
-    untimed = lambda runs: [{k: v for k, v in r.items() if k != 'seconds'} for r in runs]
-    assert untimed(load(here, 'out/tiny/summary.json')['runs']) == untimed(before)     # the same seed, the same run
+    assert untimed(rows_of(f'{here}/out/tiny')) == before                      # the same seed, the same run
 
-def test_a_run_is_published_with_its_lens_or_without(workspace, monkeypatch, tmp_path):
-    folder, cfg = 'out/tiny/gqa_topic_ordered_rope/seed1', SimpleNamespace(out_dir='out/tiny')
-    shutil.copytree(f'{workspace[0]}/{folder}', tmp_path / folder)
-    monkeypatch.chdir(tmp_path)
-    publish_run(cfg, folder)
-    lens, copy = load(folder, 'lens.json'), load(folder.replace('out', 'results'), 'lens.json')
-    assert copy == lens | {'strip': None} and lens['strip']['tokens']          # strips of seed 0 alone are kept
-    os.remove(f'{folder}/lens.json')                                           # as after a light analysis
-    shutil.rmtree('results')
-    publish_run(cfg, folder)
-    assert sorted(os.listdir(folder.replace('out', 'results'))) == ['analysis.json', 'config.json', 'log.jsonl']
-    for name in ('notes.md', 'old.json'):
-        open(f'results/tiny/{name}', 'w').close()
-    publish_results(cfg)
-    assert sorted(os.listdir('results/tiny')) == ['gqa_topic_ordered_rope', 'notes.md']        # written by hand: stays
-
-def test_two_experiments_side_by_side(workspace):
+def test_stale_rows(workspace):
+    """A row of an older version of the measures is made again where its checkpoint is, and kept where it is gone."""
     here, _ = workspace
-    shutil.copytree(f'{here}/out/tiny', f'{here}/out/other')
-    done = run('plot.py', 'out/tiny', 'out/other', cwd=here)
-    assert done.returncode == 0 and os.path.exists(f'{here}/out/tiny/figures/compare_other.png'), done.stderr
+    folders = [f'{here}/out/tiny/mha_topic_c4_{kind}/seed1' for kind in ('drope', 'kept')]
+    fresh = runs.read_row(folders[0])
+    for folder in folders:
+        row = runs.read_row(folder)
+        row['mean']['score_p'] = 99.0
+        runs.write_json(f'{folder}/row.json', row | {'measures_version': 0})
+    os.rename(f'{folders[1]}/ckpt.pt', f'{folders[1]}/gone.pt')
+    done = run('run_experiment.py', 'tiny.py', '--seeds=0,1', cwd=here)
+    os.rename(f'{folders[1]}/gone.pt', f'{folders[1]}/ckpt.pt')
+    assert done.returncode == 0 and 'to do: 1 of 10' in done.stdout, done.stderr
+    assert runs.read_row(folders[0])['mean'] == fresh['mean'] and runs.read_row(folders[1])['measures_version'] == 0
+    assert '| mha_topic_c4_kept | — |' in open(f'{here}/out/tiny/summary.md').read()
+    shutil.rmtree(folders[1])
+    assert run('run_experiment.py', 'tiny.py', '--seeds=0,1', cwd=here).returncode == 0
+
+def test_own_dataset_as_an_experiment(workspace):
+    """data_script = '': the dataset that is there, for all seeds; without that, nothing is made inside it."""
+    here, _ = workspace
+    shutil.copytree(f'{here}/data/tiny/seed0', f'{here}/data/own')
+    args = ['tiny.py', '--data_dir=data/own', '--out_dir=out/own', '--arms=mha_shuffled', '--recal_iters=2']
+    refuses(run('run_experiment.py', *args, cwd=here), 'data/own', '--data_script=')
+    refuses(run('data_synth.py', 'tiny.py', '--data_dir=data/own', cwd=here), 'data/own', 'dataset')
+    done = run('run_experiment.py', *args, '--data_script=', cwd=here)
+    assert done.returncode == 0 and len(rows_of(f'{here}/out/own')) == 3, done.stderr
+    assert sorted(os.listdir(f'{here}/data/own')) == sorted(os.listdir(f'{here}/data/tiny/seed0'))
 
 def test_unmasked_columns(workspace):
     here, _ = workspace
     done = run('analyze.py', '--run=out/tiny/mha_shuffled_rope/seed1', '--causal=False', cwd=here)
     assert done.returncode == 0, done.stderr
-    assert load(here, 'out/tiny/mha_shuffled_rope/seed1/analysis_unmasked.json')['causal'] is False
+    found = runs.read_json(f'{here}/out/tiny/mha_shuffled_rope/seed1/unmasked.json')
+    assert found['causal'] is False and found['uniform']['entropy'] == pytest.approx(np.log(48))
 
 # -----------------------------------------------------------------------------
-# statistics
+# rows and names
 
-def test_interval_and_sign_flips():
-    x = np.random.default_rng(0).normal(0.5, 1, 6)
-    mean, low, high = t_interval(x)
-    reference = stats.ttest_1samp(x, 0).confidence_interval(0.95)
-    assert (low, high) == pytest.approx((reference.low, reference.high)) and mean == pytest.approx(x.mean())
-    reference = stats.permutation_test((x,), np.mean, permutation_type='samples', n_resamples=np.inf)
-    assert sign_flip_p(x) == pytest.approx(reference.pvalue)
-    assert sign_flip_p([1, 2, 3, 4, 5, 6]) == 2 / 64 and sign_flip_p([1]) is None
-    assert t_interval([2.0]) == (2, None, None)
+def test_names_and_columns():
+    """A name is taken apart into settings, and made again from the columns of a run with those."""
+    for arm in ('mha_shuffled', 'gqa_topic_ordered', 'mha_topic_c4_cd20', 'mha_pseudo_c16', 'mha_shuffled_pure',
+                'mha_reverse_c2_cd5_pure', 'gqa_shuffled_nope'):
+        settings = runs.arm_settings(arm, 8)
+        config = settings | {'n_head': 8, 'seed': 3, 'recal_steps': None, 'max_segments': 1 if settings['pure'] else 5}
+        name = arm if arm.endswith('nope') else arm + '_rope'
+        assert runs.columns(config)['condition'] == name
+        parent = {f'parent_{key}': config[key] for key in ('order', 'cycles', 'cooldown', 'max_segments')}
+        recal = config | parent | {'order': 'shuffled', 'max_segments': 5, 'recal_steps': 9, 'keep_rope': False}
+        assert runs.columns(recal)['condition'] == name.rsplit('_', 1)[0] + '_drope'
+    assert runs.recal_folder('out/x/mha_shuffled_rope/seed1/', True) == 'out/x/mha_shuffled_kept/seed1'
+    assert runs.recal_folder('out/mine', False, 20) == 'out/mine_drope/recal_20'
 
-def test_smallest_effect():
-    # six seeds must all agree in sign: Phi(d)^6 = 0.8, so d = 1.79
-    assert smallest_effect(6) == pytest.approx(1.79, abs=0.06)
-    assert smallest_effect(8) < 1.35 and smallest_effect(5) is None
+def test_a_new_key_does_not_void_old_runs():
+    old = {'max_iters': 5, 'seed': 0}
+    assert runs.differences(old | {'cooldown': 0.0, 'data_dir': 'elsewhere'}, old) == []
+    assert runs.differences(old | {'cooldown': 0.1}, old) == ['cooldown']
 
-def test_max_t():
-    rng = np.random.default_rng(0)
-    d = rng.normal(0, 1, (6, 1))
-    assert max_t(d)[0] == pytest.approx(sign_flip_p(d[:, 0]))              # one measure: nothing to adjust
-    d = rng.normal(0, 1, (6, 5)) + np.array([3, 0, 0, 0, 0])
-    p = max_t(d)
-    assert all(a >= sign_flip_p(column) - 1e-12 for a, column in zip(p, d.T)) and p[0] == min(p)
-    assert max_t(np.repeat(d[:, :1], 5, axis=1)) == pytest.approx([sign_flip_p(d[:, 0])] * 5)   # copies cost nothing
-    rejected = [min(max_t(rng.normal(0, 1, (6, 6)))) <= 0.05 for _ in range(1000)]
-    assert np.mean(rejected) < 0.05 + 3 * (0.05 * 0.95 / 1000) ** 0.5      # the family keeps its level
-    alike = lambda: 0.9 * rng.normal(0, 1, (6, 1)) + 0.44 * rng.normal(0, 1, (6, 6))
-    rejected = [min(max_t(alike())) <= 0.05 for _ in range(1000)]          # and where its measures go together
-    assert np.mean(rejected) < 0.05 + 3 * (0.05 * 0.95 / 1000) ** 0.5
-    shift = np.array([2.5, 2.5, 0, 0, 0, 0])                               # two of six measures, at 2.5 SD
-    both = [max(max_t(rng.normal(0, 1, (6, 6)) + shift)[:2]) <= 0.05 for _ in range(300)]
-    print('family-wise', np.mean(rejected), 'both found', np.mean(both))
-    assert np.mean(both) > 0.5                                             # most of the time
+def test_rows_on_disk(tmp_path):
+    """runs.jsonl holds what rows share once, plain or gzipped, and gives every row its whole config back."""
+    made = []
+    for seed, steps in ((0, 9), (1, 9), (0, 5)):
+        columns = {'condition': 'mha_shuffled_rope', 'attention': 'mha', 'order': 'shuffled', 'cycles': 1,
+                   'cooldown': 0.0, 'pure': False, 'positions': 'rope', 'seed': seed, 'recal_steps': steps}
+        config = {'seed': seed, 'max_iters': steps, 'n_layer': 2}
+        made.append(columns | {'device': 'none', 'versions': {}, 'config': config})
+        runs.write_json(f'{tmp_path}/a/{len(made)}/row.json', made[-1])
+    header, rows = runs.gather(f'{tmp_path}/a')
+    assert header['compare']['base'] == 'shuffled' and sorted(rows, key=str) == sorted(made, key=str)
+    text = open(f'{tmp_path}/a/runs.jsonl').read()
+    assert json.loads(text.splitlines()[0])['config'] == {'n_layer': 2} and text.count('n_layer') == 1
+    assert runs.read_rows(f'{tmp_path}/a')[1] == rows
+    shutil.rmtree(tmp_path / 'a' / '2')
+    assert len(runs.gather(f'{tmp_path}/a')[1]) == 2 and runs.read_rows(str(tmp_path)) == (None, [])
 
-def test_effects_are_paired_by_seed():
-    runs = [{'condition': f'mha_{order}_{kind}', 'attention': 'mha', 'order': order, 'seed': seed, 'main': True,
-             'probe': [0, 0, seed], 'score_p': value, 'val_loss': 1, 'within': 0, 'score_o': None, 'entropy': 0}
-            for seed in (0, 1) for order, kind, value in (
-                ('shuffled', 'drope', 10 * seed), ('shuffled', 'kept', 5 * seed),
-                ('topic_ordered', 'drope', 10 * seed + 2 + seed), ('topic_ordered', 'kept', 5 * seed + 1))]
-    found = {(e['measure'], e['contrast']): e for e in effects(runs)}
-    primary = found['score_p', 'mha topic_ordered - shuffled, drope - kept']
-    assert primary['differences'] == [1, 2] and primary['primary']
-    assert primary['p'] == 0.5 and primary['p_adjusted'] is None
-    assert found['score_p', 'mha topic_ordered - shuffled, drope']['differences'] == [2, 3]
-    assert not any(m == 'score_o' for m, _ in found) and sum(e['primary'] for e in found.values()) == 1
-
-def curve(order, seed, losses, probe):
-    """Rows of an arm along its recalibration lengths: the middle probe is a function of the loss above the filter."""
-    return [{'condition': f'mha_{order}_drope', 'attention': 'mha', 'order': order, 'stage': 'drope', 'seed': seed,
-             'recal_steps': i + 1, 'val_loss': 5 + x, 'excess': x, 'score_p': 0.0, 'probe': [0, probe(x), 0]}
-            for i, x in enumerate(losses)]
-
-def test_equal_loss():
-    """Arms that differ in loss alone do not differ at equal loss; a shift of the measure is found; no extrapolation."""
-    line = lambda x: 0.9 - 0.5 * x
-    rows = [r for seed in range(3) for r in (
-        *curve('shuffled', seed, (0.5, 0.3, 0.1), line), *curve('topic_ordered', seed, (0.4, 0.2, 0.05), line),
-        *curve('pseudo', seed, (0.4, 0.2), lambda x, seed=seed: line(x) + 0.1 + 0.01 * seed),
-        *curve('topic_c4', seed, (0.9, 0.8), line))]              # never as good as the others: no comparison
-    found = {(tuple(m['arms']), m['measure']): m for m in matched(rows)}
-    same, shifted = found[('topic_ordered', 'shuffled'), 'probe'], found[('pseudo', 'shuffled'), 'probe']
-    assert same['average'][0] == pytest.approx(0, abs=1e-9) and same['loss'][0] == pytest.approx(0.1)
-    assert same['loss'][-1] == pytest.approx(0.4) and same['n'] == [3] * 25
-    assert shifted['average'][0] == pytest.approx(0.11) and shifted['average'][1] > 0.08 and shifted['p'] == 0.25
-    assert shifted['loss'][0] == pytest.approx(0.2)
-    assert found[('topic_ordered', 'pseudo'), 'probe']['average'][0] == pytest.approx(-0.11)
-    never = [m for (arms, _), m in found.items() if 'topic_c4' in arms]
-    assert never and all(m['seeds'] == 0 and m['average'] == (None,) * 3 and m['loss'] == [] for m in never)
-    assert not any(m['seeds'] == 0 for (arms, _), m in found.items() if 'topic_c4' not in arms)
-
-def test_recovery_and_forgetting():
-    rows = curve('shuffled', 0, (0.5, 0.1), lambda x: 0)
-    logs = {('mha_shuffled_drope', 0, 2): [{'step': s, 'val_loss': 5 + x} for s, x in ((0, 1.1), (10, 0.6), (20, 0.1))]}
-    (r,) = recovery(rows, logs, above=(2, 0.6, 0.35, 0.05))
-    assert r['steps'][:3] == pytest.approx([0, 10, 15]) and r['steps'][3] is None
-    twice = [{**r, 'condition': f'mha_{order}_drope', 'seed': seed, 'steps': [0, 10 * k * (seed + 1), None, None]}
-             for order, k in (('shuffled', 1), ('topic_ordered', 2)) for seed in (0, 1)]
-    (e,) = recovery_effects(twice)
-    assert (e['mean'], e['n'], e['loss']) == (1.0, 2, 0.6) and e['contrast'] == 'mha topic_ordered - shuffled'
-    record = lambda losses, since: [{'step': 500, 'val_loss_topics': losses, 'since': since, 'topics': [1, 1]}]
-    logs = {('mha', 'shuffled', 0): record([1.0, 2.0], [0, 0]),
-            ('mha', 'topic_ordered', 0): record([1.5, 2.1], [150, 0])}
-    found = {f['condition']: f for f in forgetting(logs)}
-    assert found['mha_topic_ordered_rope'] == {
-        'condition': 'mha_topic_ordered_rope', 'since': [0, 100], 'excess': pytest.approx([0.1, 0.5]), 'n': [1, 1]}
-    assert list(found) == ['mha_topic_ordered_rope']
-
-def test_verdict_says_what_moved():
-    """The primary contrast is a difference of differences: the verdict must not take the kept arm for DroPE."""
-    def said(**shift):                                      # stage -> topic - shuffled of P and O, six seeds
-        noise = np.random.default_rng(0)
-        runs = [{'condition': f'mha_{order}_{kind}', 'attention': 'mha', 'order': order, 'stage': kind, 'seed': seed,
-                 'main': True, 'probe': [0, 0, 0], 'val_loss': 1, 'within': 0, 'entropy': 0,
-                 **{m: (order == 'topic_ordered') * shift.get(kind, 0) + noise.normal(0, 1e-3)
-                    for m in ('score_p', 'score_o')}}
-                for seed in range(6) for order in ('shuffled', 'topic_ordered') for kind in ('drope', 'kept')]
-        return verdict({'effects': effects(runs)})[0]
-    assert 'what differs is the kept arm' in said(kept=0.05)
-    assert 'is there under DroPE; O agrees' in said(drope=0.05)
-    both = said(drope=0.3, kept=0.3)
-    assert 'not shown to differ' in both and 'Under DroPE alone: +0.29' in both
-    assert 'not shown to differ' in said()
-
-def test_base_and_common_seeds():
-    assert [base(o) for o in ('shuffled', 'topic_c4', 'topic_ordered_pure', 'shuffled_pure')] == [
-        None, 'shuffled', 'shuffled_pure', 'shuffled']
-    runs = [{'condition': f'mha_{order}_drope', 'attention': 'mha', 'order': order, 'seed': seed, 'main': True,
-             'probe': [0, 0, 0], 'val_loss': v + seed ** 2 * v, 'within': 0, 'entropy': 0, 'score_p': v, 'score_o': v}
-            for seed in range(4) for order, v in (('shuffled', 0), ('topic_ordered', 1), ('pseudo', 2))
-            if (order, seed) != ('pseudo', 3)]
-    assert all(e['p_adjusted'] is not None for e in effects(runs))          # also where a seed is missing
-
-def test_orderedness():
+def test_orderedness_and_curve():
     bins = lambda *counts: [{'topics': list(c)} for c in counts]
     assert orderedness(bins((10, 0), (0, 10))) == pytest.approx(1)
     assert orderedness(bins((5, 5), (5, 5))) == pytest.approx(0)
     assert 0.1 < orderedness(bins((8, 2), (2, 8))) < 0.5 and orderedness([{'topics': [0, 0]}]) is None
+    records = [{'step': i, 'loss': float(i), 'val_loss': i / 2 if i % 50 == 0 else None, 'lr': 0.1, 'topics': [1, i]}
+               for i in range(1001)]
+    found = curve(records)
+    assert 90 < len(found['step']) <= 120 and found['step'][-1] == 1000 and np.sum(found['topics'], 0)[0] == 1001
+    assert [v for v in found['val_loss'] if v is not None] == [i / 2 for i in range(0, 1001, 50)]
 
 # -----------------------------------------------------------------------------
 # config
@@ -305,7 +249,7 @@ def test_scripts_share_their_defaults():
                 assert seen.setdefault(key, default) == default, f'{key} in {script}'
             assert wiki.get(key, default)[1] == default[1]              # of one type even so
     cfg = configure('run_experiment.py', ['--data_script=prepare_wiki.py', '--vocab_size=999'], stages=SCRIPTS)
-    at = run_experiment.data_stage(cfg, 'mha_shuffled_pure', 3)
+    at = run_experiment.data_stage(cfg, True, 3)
     assert (at.n_topics, at.vocab_size, at.max_segments, at.seed) == (wiki['n_topics'][0], 999, 1, 0)
     assert at.data_dir == 'data/wiki_pure' and at.work_dir == 'data/wiki_work'
 
@@ -353,7 +297,8 @@ def test_bad_flags(args, words, dataset):
 
 @pytest.mark.parametrize('args, words', (
     (['--seed=3'], ('seed = 3', 'seeds')),
-    (['--arms=mha_sorted'], ('mha_sorted', 'topic_ordered')),
+    (['--arms=mha_sorted'], ('sorted', 'pseudo')),
+    (['--arms=sorted'], ('sorted', 'topic_ordered')),
     (['--arms=3'], ('arms = 3', 'str')),
     (['--seeds=a'], ('seeds', 'int')),
     (['--recal_iters=0'], ('recal_iters',)),
@@ -366,7 +311,7 @@ def test_bad_runs(dataset, tmp_path):
     refuses(run('train.py', *good, '--n_kv_head=3', f'--run={out}'), 'n_head = 2', 'n_kv_head = 3')
     refuses(run('train.py', *good, '--batch_size=6', '--grad_accum=4', f'--run={out}'), 'batch_size = 6')
     (tmp_path / 'file').write_text('')
-    refuses(run('train.py', *good, f'--run={tmp_path}/file/run'), 'file/run', 'cannot write')
+    refuses(run('train.py', *good, f'--run={tmp_path}/file/run'), 'file/run', 'cannot be written')
     refuses(run('drope.py'), '--run=')
     refuses(run('drope.py', f'--run={tmp_path}/none'), 'none', 'no run here')
     refuses(run('analyze.py', f'--run={tmp_path}/none'), 'none', 'no run here')
@@ -393,10 +338,14 @@ def test_rows_of_one_topic(tmp_path):
     tokens, topics = rng.integers(0, 20, (40, 33)), np.repeat(rng.integers(0, 3, (40, 1)), 33, axis=1)
     shards.write(f'{tmp_path}/data', dict(train=tokens, train_topics=topics, val=tokens, val_topics=topics),
                  dict(vocab_size=20, block_size=32, n_topics=3))
-    run('train.py', *TINY, f'--data_dir={tmp_path}/data', '--max_iters=4', f'--run={tmp_path}/run')
-    done = run('analyze.py', f'--run={tmp_path}/run')
-    assert done.returncode == 0 and 'P —, O —' in done.stdout, done.stdout + done.stderr
-    assert load(f'{tmp_path}/run/analysis.json')['references']['filter'] is None
+    folder = f'{tmp_path}/out/mha_shuffled_rope/seed0'
+    run('train.py', *TINY, f'--data_dir={tmp_path}/data', '--max_iters=4', f'--run={folder}')
+    done = run('analyze.py', f'--run={folder}')
+    assert done.returncode == 0 and 'P —' in done.stdout, done.stdout + done.stderr
+    row = runs.read_row(folder)
+    assert row['references']['filter'] is None and row['mean']['score_p'] is None and row['excess'] is None
+    for script in ('plot.py', 'report.py'):
+        assert run(script, f'{tmp_path}/out').returncode == 0
 
 def test_divergence_memory_and_compile_stop_with_one_line(dataset, tmp_path):
     good = [*TINY, f'--data_dir={dataset}', '--eval_interval=5']

@@ -1,4 +1,5 @@
 """Order, resume, processes and DroPE: the real scripts, tiny, on datasets made here."""
+import itertools
 import json
 import os
 import random
@@ -15,26 +16,18 @@ import torch
 import shards
 from bench import plain_step
 from model import build
-from train import compiled, dominant_topic, lr_scale, optimizers, row_order, steps_since, training_step
+from runs import read_log
+from train import ORDERS, compiled, dominant_topic, lr_scale, optimizers, row_order, training_step
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--head_dim=8', '--mlp_hidden=24', '--batch_size=8',
         '--adam_lr=0.003', '--log_interval=1', '--device=cpu']
-
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
 def run(script, *args, cwd=None, env={}):
     """A script as a person would run it, on one CPU thread."""
     script = script if cwd else os.path.join(HERE, script)
     return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, env=ENV | env, cwd=cwd)
-
-def drawn_again(results, tmp_path):
-    """Figures of a published experiment: drawn anew from its JSON, and as published, both {name: bytes}."""
-    copy = shutil.copytree(results, tmp_path / os.path.basename(results), ignore=shutil.ignore_patterns('figures'))
-    done = run('plot.py', str(copy))
-    assert done.returncode == 0, done.stderr
-    return [{name: open(f'{folder}/figures/{name}', 'rb').read() for name in os.listdir(f'{folder}/figures')}
-            for folder in (copy, results)]
 
 @pytest.fixture(scope='session')
 def dataset(tmp_path_factory):
@@ -51,6 +44,9 @@ def dataset(tmp_path_factory):
 def weights(folder):
     return torch.load(os.path.join(folder, 'ckpt.pt'), weights_only=True)['model']
 
+def losses(folder):
+    return np.array([[r['loss'] or 0, r['val_loss'] or 0] for r in read_log(folder)])
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -58,34 +54,32 @@ def same(a, b):
 # order
 
 LABELS = np.random.default_rng(0).choice(4, 100, p=(0.4, 0.3, 0.2, 0.1))
-ARMS = [('shuffled', 1), ('topic', 1), ('topic', 4), ('pseudo', 1), ('pseudo', 4)]
 
 @pytest.mark.parametrize('n_rows', (100, 300, 250, 64))            # whole epochs, and fractions of one
 @pytest.mark.parametrize('cooldown', (0, 40))
 def test_arms_read_the_same_rows_in_every_epoch(n_rows, cooldown):
     reference = row_order(LABELS, n_rows, seed=3)
     assert sorted(reference[:100]) == list(range(100))[:n_rows] or n_rows < 100
-    for order, cycles in ARMS:
+    for order, cycles in itertools.product(ORDERS, (1, 4)):
         rows = row_order(LABELS, n_rows, order, cycles, cooldown, seed=3)
         edges = sorted({*range(0, n_rows, 100), n_rows - cooldown, n_rows})
         for a, b in zip(edges, edges[1:]):
             assert sorted(rows[a:b]) == sorted(reference[a:b])
         assert (rows[n_rows - cooldown:] == reference[n_rows - cooldown:]).all()
-        if order != 'shuffled':
-            assert not (rows == reference).all()
+        assert (rows == reference).all() == (order == 'shuffled')
     assert sorted(row_order(LABELS, n_rows, seed=4)) != sorted(reference) or n_rows % 100 == 0
 
+def n_blocks(rows):
+    return 1 + int((np.diff(LABELS[rows]) != 0).sum())
+
 def test_topic_order_is_blocks():
-    n_blocks = lambda x: 1 + int((np.diff(x) != 0).sum())
-    rows = row_order(LABELS, 200, 'topic', seed=1)
+    rows, reference = row_order(LABELS, 200, 'topic', seed=1), row_order(LABELS, 100, seed=1)
     assert LABELS[rows[0]] == 1                                    # the order of topics is rotated by seed
-    assert n_blocks(LABELS[rows[:100]]) == n_blocks(LABELS[rows[100:]]) == 4
-    assert n_blocks(LABELS[row_order(LABELS, 100, 'topic', 5, seed=1)]) == 5 * 4
-    reference = row_order(LABELS, 100, seed=1)
+    assert n_blocks(rows[:100]) == n_blocks(rows[100:]) == 4
+    assert n_blocks(row_order(LABELS, 100, 'topic', 5, seed=1)) == 5 * 4
     for k in range(4):                                             # stable: the shuffle survives inside a block
         assert (rows[:100][LABELS[rows[:100]] == k] == reference[LABELS[reference] == k]).all()
-    pseudo = row_order(LABELS, 100, 'pseudo', seed=1)
-    assert n_blocks(LABELS[pseudo]) > 40                  # blocks of another label, which says nothing of topics
+    assert n_blocks(row_order(LABELS, 100, 'pseudo', seed=1)) > 40           # blocks of a label that means nothing
 
 def test_dominant_topic_and_learning_rate():
     assert dominant_topic(np.array([[0, 1, 1], [2, 2, 1], [0, 1, 2]]), 3).tolist() == [1, 2, 0]
@@ -97,74 +91,55 @@ def test_dominant_topic_and_learning_rate():
 # resume
 
 DIE_WHILE_SAVING = """
-import os, signal, sys, torch
+import os, runpy, signal, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-save, calls = torch.save, [0]
-def half(obj, path):
-    calls[0] += 1
-    save(obj, path)
-    if calls[0] == 2:
-        os.truncate(path, os.path.getsize(path) // 2)              # the disk holds half of it when the process dies
+replace = os.replace
+def half(source, target):
+    if target.endswith('ckpt.pt'):
+        os.truncate(source, os.path.getsize(source) // 2)          # the disk holds half of it when the process dies
         os.kill(os.getpid(), signal.SIGKILL)
-torch.save = half
-import runpy
+    replace(source, target)
+os.replace = half
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
-def kill_at(step, log, *command):
-    """Start a script and kill -9 it once its log has reached a step; whether it was still running."""
+def kill_at(step, folder, command):
+    """Start a script and kill -9 it once its log has reached a step; it was still running then."""
     quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
     process = subprocess.Popen([sys.executable, *command], env=ENV, **quiet)
     while process.poll() is None:
-        if os.path.exists(log) and open(log).read().count('"step"') > step:
+        if len(read_log(folder)) > step:
             process.kill()
             break
         time.sleep(0.001)
-    return process.wait() == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL
 
-def test_resume_after_kill_is_bit_equal(dataset, tmp_path):
-    """Killed at random steps between checkpoints and once while one is written, in training and in recalibration."""
-    steps, seed = 60, time.time_ns()
+@pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
+def test_resume_after_kill_is_bit_equal(dataset, tmp_path, dtype):
+    """Killed at random steps between checkpoints and once while one is written, in training and in recalibration. With
+    bf16 it works with bf16 copies of its weights; the checkpoint has the fp32 ones."""
+    seed = time.time_ns()
     print('kills drawn with seed', seed)
     rng = random.Random(seed)
-    def commands(name):
-        parent = f'{tmp_path}/{name}_rope/seed0'
-        train = [*TINY, f'--data_dir={dataset}', '--order=topic', '--cycles=2', f'--max_iters={steps}',
-                 '--eval_interval=10']
-        return {parent: [os.path.join(HERE, 'train.py'), *train, f'--run={parent}'],
-                parent.replace('_rope', '_drope'): [os.path.join(HERE, 'drope.py'), f'--run={parent}',
-                                                    f'--recal_iters={steps}']}
-    for folder, command in commands('whole').items():
-        done = run(*command)
+    train_args = [*TINY, f'--data_dir={dataset}', '--order=topic', '--cycles=2', '--max_iters=60', '--eval_interval=10']
+    for script, kind, args in (('train.py', 'rope', train_args), ('drope.py', 'drope', ['--recal_iters=60'])):
+        whole, killed = (f'{tmp_path}/{name}_{kind}/seed0' for name in ('whole', 'killed'))
+        done = run(script, *args, f'--dtype={dtype}', f'--run={tmp_path}/whole_rope/seed0')
         assert done.returncode == 0, done.stderr
-    for folder, command in commands('killed').items():
-        log, whole = os.path.join(folder, 'log.jsonl'), folder.replace('killed', 'whole')
-        assert kill_at(rng.randint(1, 9), log, *command)           # before the first checkpoint
-        assert kill_at(rng.randint(12, 45), log, *command)         # after one, between two
+        command = [os.path.join(HERE, script), *args, f'--dtype={dtype}', f'--run={tmp_path}/killed_rope/seed0']
+        kill_at(rng.randint(1, 9), killed, command)                # only the checkpoint of step 0 is there
+        kill_at(rng.randint(12, 45), killed, command)              # between two
         died = subprocess.run([sys.executable, '-c', DIE_WHILE_SAVING, *command], env=ENV, capture_output=True)
-        assert died.returncode == -signal.SIGKILL and os.path.exists(os.path.join(folder, 'ckpt.pt.tmp'))
+        assert died.returncode == -signal.SIGKILL and os.path.exists(f'{killed}/ckpt.pt.tmp')
         done = run(*command)
         assert done.returncode == 0, done.stderr
-        assert same(weights(folder), weights(whole))
-        records, expected = (list(map(json.loads, open(f + '/log.jsonl')))[1:] for f in (folder, whole))
-        assert [r['step'] for r in records] == list(range(steps + 1))      # the log has no gaps and no repeats
-        assert [(r['loss'], r['val_loss']) for r in records] == [(r['loss'], r['val_loss']) for r in expected]
-    assert not same(weights(f'{tmp_path}/whole_rope/seed0'), weights(f'{tmp_path}/whole_drope/seed0'))
-
-def test_bf16_weights_resume_too(dataset, tmp_path):
-    """With bf16 it works with bf16 copies of its weights; the checkpoint has the fp32 ones and resumes the same."""
-    for name in ('whole', 'killed'):
-        folder = f'{tmp_path}/{name}'
-        command = [os.path.join(HERE, 'train.py'), *TINY, f'--data_dir={dataset}', '--max_iters=40', '--dtype=bfloat16',
-                   '--eval_interval=10', f'--run={folder}']
-        if name == 'killed':
-            assert kill_at(15, folder + '/log.jsonl', *command)
-        done = run(*command)
-        assert done.returncode == 0, done.stderr
-    assert same(weights(f'{tmp_path}/whole'), weights(f'{tmp_path}/killed'))
-    assert {w.dtype for w in weights(f'{tmp_path}/whole').values()} == {torch.float32}
-    assert not all(torch.equal(w, w.bfloat16().float()) for w in weights(f'{tmp_path}/whole').values() if w.ndim == 2)
+        matrices = [w for w in weights(killed).values() if w.ndim == 2]
+        assert same(weights(killed), weights(whole)) and {w.dtype for w in weights(whole).values()} == {torch.float32}
+        assert not all(torch.equal(w, w.bfloat16().float()) for w in matrices)
+        assert [r['step'] for r in read_log(killed)] == list(range(61))    # the log has no gaps and no repeats
+        assert losses(killed).tolist() == losses(whole).tolist()
+    assert not same(weights(f'{tmp_path}/whole_rope/seed0'), weights(whole))
 
 # -----------------------------------------------------------------------------
 # the step
@@ -182,14 +157,14 @@ def step_losses(how, device='cpu', dtype='float32', steps=20, **changes):
     corpus = corpus.to(device)
     batches = torch.randint(100, (c['max_iters'], c['grad_accum'], c.get('micro', 4)), generator=g).to(device)
     model = build(c, torch.Generator().manual_seed(0)).to(device)
+    losses = []
     if how == 'plain':
         step = plain_step(model, c, corpus, batches, dtype)
         losses = [step().item() for _ in range(steps)]
     else:
-        fast = how == 'compiled'
-        step, loss_sum = training_step(model, compiled(model) if fast else model, *optimizers(model, c, dtype, fast), c,
-                                       corpus, batches, 0, dtype, fast and device == 'cuda')
-        losses = []
+        muon, adamw = optimizers(model, c, dtype, how == 'compiled')
+        loss_of = compiled(model) if how == 'compiled' else model
+        step, loss_sum = training_step(model, loss_of, muon, adamw, c, corpus, batches, 0, dtype)
         for _ in range(steps):
             step()
             losses.append(loss_sum.item())
@@ -207,6 +182,9 @@ def test_step_is_plain_pytorch(how):
     print(how, abs(ours - plain).max(), (mine - theirs).norm() / theirs.norm())
     assert plain[0] - plain[-1] > 0.1                              # it is learning
     assert abs(ours - plain).max() < 1e-5
+    for clip in (0.0, 100.0):                                      # off, and never reached
+        unclipped = [step_losses(name, grad_clip=clip)[0] for name in (how, 'plain')]
+        assert abs(unclipped[0] - unclipped[1]).max() < 1e-5
     for other in ({'grad_clip': 0.0}, {'muon_lr': 0.000505}, {'adam_lr': 0.00303}, {'weight_decay': 0.1}):
         assert abs(ours - step_losses('plain', **other)[0]).max() > 3e-5       # each of these is seen
 
@@ -221,46 +199,34 @@ def test_graphed_step_is_plain_pytorch():
 def test_arms_share_compiled_code():
     """The second model of the same shape compiles nothing, whatever its seed; without RoPE it is another function."""
     torch._dynamo.reset()
-    compiled = torch._dynamo.utils.counters['stats']
-    counts = []
-    for seed, rope in ((0, True), (1, True), (2, False), (3, False), (4, True)):
+    before = torch._dynamo.utils.counters['stats']['unique_graphs']
+    for seed, rope, graphs in ((0, True, 1), (1, True, 1), (2, False, 2), (3, False, 2), (4, True, 2)):
         model = build({**STEP, 'rope': rope}, torch.Generator().manual_seed(seed))
         idx = torch.randint(50, (4, 33), generator=torch.Generator().manual_seed(seed))
-        before = compiled['unique_graphs']
         torch.compile(model, backend='aot_eager')(idx[:, :-1], idx[:, 1:]).mean().backward()
-        counts.append(compiled['unique_graphs'] - before)
-    assert counts == [1, 0, 1, 0, 0]
+        assert torch._dynamo.utils.counters['stats']['unique_graphs'] == before + graphs
 
 # -----------------------------------------------------------------------------
 # processes and micro-batches
 
-def losses(folder):
-    records = list(map(json.loads, open(folder + '/log.jsonl')))[1:]
-    return np.array([[r['loss'] or 0, r['val_loss'] or 0] for r in records])
-
 def test_two_processes_and_micro_batches_match_one(dataset, tmp_path):
-    """
-    Two gloo processes against one, at equal global batch: losses of 20 steps within 1e-4, weights within 1e-3. At full
-    rates that holds where the gradients are summed in the same order, as one process with two micro-batches does; with
-    the whole batch in one product it holds at a low Muon rate only. Muon makes all directions of a gradient equally
-    large, also those that hold next to nothing, and in bf16: 1e-7 in a sum moves a matrix by 1% in 20 full-rate steps.
-    """
+    """Two gloo processes against one at equal global batch. At full rates only where gradients are summed in the same
+    order, as with two micro-batches: Muon enlarges what holds next to nothing, 1e-7 in a sum to 1% in 20 such steps."""
     args = [*TINY, '--n_head=4', '--n_embd=64', '--head_dim=16', '--mlp_hidden=176', '--batch_size=32',
             '--max_iters=20', f'--data_dir={dataset}', '--order=topic']
     torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
-    slow = ['--muon_lr=0.0005']
-    for name, launcher, extra in (('two', torchrun, []), ('halves', [], ['--grad_accum=2']),
-                                  ('slow two', torchrun, slow), ('slow one', [], slow)):
-        done = subprocess.run([sys.executable, *launcher, os.path.join(HERE, 'train.py'), *args, *extra,
-                               f'--out_dir={tmp_path}/{name}'], env=ENV, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    folder = lambda name: f'{tmp_path}/{name}/mha_topic_ordered_rope/seed0'
-    for two, one in (('two', 'halves'), ('slow two', 'slow one')):
-        x, y = losses(folder(two)), losses(folder(one))
-        assert len(x) == 21 and np.ptp(x[1:, 0]) > 0.01            # it is learning
-        a, b = weights(folder(two)), weights(folder(one))
+    for muon_lr, alone in (('0.02', '--grad_accum=2'), ('0.0005', '--grad_accum=1')):
+        folders = []
+        for name, launcher, extra in (('two', torchrun, '--grad_accum=1'), ('one', [], alone)):
+            command = [sys.executable, *launcher, os.path.join(HERE, 'train.py'), *args, extra, f'--muon_lr={muon_lr}',
+                       f'--out_dir={tmp_path}/{name}{muon_lr}']
+            done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            folders.append(f'{tmp_path}/{name}{muon_lr}/mha_topic_ordered_rope/seed0')
+        (x, y), (a, b) = map(losses, folders), map(weights, folders)
         worst = max(float((a[k] - b[k]).norm() / b[k].norm()) for k in b)
-        print(two, one, abs(x - y).max(), worst)
+        print(muon_lr, abs(x - y).max(), worst)
+        assert len(x) == 21 and np.ptp(x[1:, 0]) > 0.01            # it is learning
         assert abs(x - y).max() < 1e-4 and worst < 1e-3
 
 # -----------------------------------------------------------------------------
@@ -276,26 +242,11 @@ def test_drop_and_kept_control(dataset, tmp_path):
     drope, kept = f'{tmp_path}/mha_shuffled_drope/seed0', f'{tmp_path}/mha_shuffled_kept/seed0'
     for sub, steps in (('', 20), ('/recal_4', 4)):
         a, b = (json.load(open(f + sub + '/config.json')) for f in (drope, kept))
-        assert {k for k in a if a[k] != b[k]} == {'rope', 'keep_rope', 'condition'} and a['max_iters'] == steps
+        assert {k for k in a if a[k] != b[k]} == {'rope', 'keep_rope'} and a['max_iters'] == steps
         rows = [torch.load(f + sub + '/ckpt.pt', weights_only=True)['rows'] for f in (drope, kept)]
         assert rows[0] == rows[1]
-    first = [next(r for r in map(json.loads, open(f + '/log.jsonl')) if 'step' in r)['val_loss'] for f in (drope, kept)]
+    first = [read_log(folder)[0]['val_loss'] for folder in (drope, kept)]
     assert first[1] == pytest.approx(losses(parent)[-1, 1], abs=1e-6)      # kept begins where the parent ended
     assert abs(first[0] - first[1]) > 1e-5                                 # without RoPE it is another function
     assert same(weights(f'{drope}/recal_0'), weights(parent)) and not os.path.exists(f'{kept}/recal_0')
     assert losses(f'{drope}/recal_0').tolist() == losses(drope)[:1].tolist()         # dropped, and nothing else
-
-def test_validation_by_topic(dataset, tmp_path):
-    """The mean over topics, weighted by their tokens, is the validation loss; `since` counts from a topic's block."""
-    folder = str(tmp_path / 'run')
-    done = run('train.py', *TINY, f'--data_dir={dataset}', f'--run={folder}', '--order=topic', '--max_iters=24',
-               '--eval_interval=4')
-    assert done.returncode == 0, done.stderr
-    records = [r for r in map(json.loads, open(folder + '/log.jsonl')) if r.get('val_loss_topics')]
-    counts = np.bincount(shards.read(dataset).val_topics[:, 1:].ravel())
-    for r in records:
-        assert np.dot(counts, r['val_loss_topics']) / counts.sum() == pytest.approx(r['val_loss'], abs=1e-5)
-        assert min(r['since']) == 0 and r['step'] >= max(r['since'])
-    assert max(max(r['since']) for r in records) > 4
-    topics = np.array([[0, 0], [0, 1], [1, 1], [1, 1], [0, 0]])
-    assert steps_since(topics, np.array([0.5, 0.5])).tolist() == [[0, 0], [0, 1], [0, 0], [1, 0], [2, 0], [0, 1]]

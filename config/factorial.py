@@ -7,5 +7,4 @@ out_dir = 'out/factorial'
 arms = ('mha_shuffled', 'mha_topic_ordered', 'mha_topic_c4', 'mha_pseudo', 'mha_shuffled_nope')
 seeds = (0, 1, 2, 3, 4, 5)
 recal_iters = (0.3, 0.0, 0.01, 0.04, 0.1, 5000)
-full_at = (0.3, 0.0, 0.1, 5000)
 eval_interval = 250

@@ -1,0 +1,314 @@
+"""
+Runs: their folders, names and rows. The only code that makes or takes apart a name, and that writes a result.
+
+A run is a folder, <out_dir>/<condition>/seed<k>/ (further recalibration lengths in recal_<steps>/ inside it):
+config.json (its resolved settings), log.jsonl, ckpt.pt and row.json, the one row that analyze.py leaves. A run
+is done when a row with its settings is there. runs.jsonl of an experiment holds all its rows: first a line
+{experiment, config, compare, device, versions} with the settings that all runs share, then a row a run with the
+settings in which it differs.
+"""
+import contextlib
+import glob
+import gzip
+import json
+import os
+import re
+import shutil
+
+from filelock import FileLock
+
+from configurator import SCRIPTS, block
+
+# -----------------------------------------------------------------------------
+# writing: all or nothing
+
+def write_bytes(path, content):
+    """Replace a file, atomically."""
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with open(path + '.tmp', 'wb') as f:
+            f.write(content)
+        os.replace(path + '.tmp', path)
+    except OSError as e:
+        raise SystemExit(f'{path}: cannot be written ({e.strerror}); make room or choose another folder') from None
+
+def write_text(path, text):
+    """Replace a text file, atomically; UTF-8."""
+    write_bytes(path, text.encode('utf-8'))
+
+def write_json(path, value):
+    """Replace a JSON file, atomically; NaN is an error."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + '\n')
+
+def read_json(path, advice='delete it and run its stage again'):
+    """What a JSON file holds; None where there is none."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise SystemExit(f'{path}: cannot be read as JSON ({e}); {advice}') from None
+
+def running(pid):
+    """Whether a process with this number runs on this machine."""
+    try:
+        os.kill(int(pid), 0)                                # signal 0 only asks
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """
+    Fill a folder, all or nothing: yields the name of a temporary sibling, which is renamed at the end. Stops
+    with one line if the folder exists or cannot be written.
+    """
+    folder = os.path.abspath(folder)
+    if os.path.lexists(folder):
+        raise SystemExit(f'{folder}: is there already; delete it first, or write to another folder')
+    temporary = f'{folder}.tmp-{os.getpid()}'
+    try:
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        for stale in glob.glob(f'{glob.escape(folder)}.tmp-*'):      # what killed runs left behind
+            if stale == temporary or not running(stale.rpartition('-')[2]):
+                shutil.rmtree(stale)
+        os.mkdir(temporary)
+        yield temporary
+        os.rename(temporary, folder)
+    except OSError as e:
+        raise SystemExit(f'{folder}: cannot be written ({e.strerror}); make room or choose another') from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)        # after the rename there is none
+
+def show(x, form):
+    """A number as text, or a dash where it is undefined."""
+    return '—' if x is None else format(x, form)
+
+# -----------------------------------------------------------------------------
+# names: {attention}_{order}_{positions}, made here from the columns of a row and taken apart here
+
+# what a model can be trained with: settings of train.py
+POSITIONS = {'rope': {'rope': True}, 'nope': {'rope': False}}
+ARM_NAMES = '{mha,gqa}_{shuffled,topic_ordered,topic_c<cycles>,pseudo,...}[_cd<percent>][_pure][_nope]'
+
+def order_name(columns):
+    """'topic_ordered', 'topic_c4_cd20_pure', ...: the order part of a name, from the columns of a row."""
+    name = columns['order']
+    if name != 'shuffled':
+        plain = 'topic_ordered' if name == 'topic' else name
+        name = plain if columns['cycles'] == 1 else f'{name}_c{columns["cycles"]}'
+        name += f'_cd{round(100 * columns["cooldown"])}' if columns['cooldown'] else ''
+    return name + '_pure' * columns['pure']
+
+def arm_settings(arm, n_head):
+    """
+    What the name of an arm stands for: 'gqa_topic_c4_cd20' -> {n_kv_head, order, cycles, cooldown, rope} of
+    train.py and `pure`, whether its training rows have one segment each. Stops with one line at any other name.
+    """
+    ends = '|'.join(POSITIONS)
+    name = re.fullmatch(rf'(mha|gqa)_([a-z]+?)(?:_ordered|_c(\d+))?(?:_cd(\d+))?(_pure)?(?:_({ends}))?', arm)
+    if not name:
+        raise SystemExit(f'arms: {arm!r} is not of the form {ARM_NAMES}')
+    attention, order, cycles, cooldown, pure, positions = name.groups()
+    if attention == 'gqa' and n_head % 2:
+        raise SystemExit(f'arms: {arm!r} shares each key-value head between two queries, but n_head = {n_head} is '
+                         'odd')
+    return {
+        'n_kv_head': n_head if attention == 'mha' else n_head // 2,
+        'order': order,
+        'cycles': int(cycles or 1),
+        'cooldown': int(cooldown or 0) / 100,
+        'pure': bool(pure),
+        **POSITIONS[positions or 'rope']}
+
+def arm_name(columns):
+    """'mha_topic_c4': the name of an arm, from the columns of a row."""
+    return f'{columns["attention"]}_{order_name(columns)}'
+
+def condition(arm, positions):
+    """'mha_topic_c4_drope': the name of a condition."""
+    return f'{arm}_{positions}'
+
+def positions_of(config):
+    """The name in POSITIONS of what a run's model is trained with: the one that says most of its settings."""
+    fitting = [name for name, settings in POSITIONS.items() if settings.items() <= config.items()]
+    return max(fitting, key=lambda name: len(POSITIONS[name]))
+
+def columns(config):
+    """The columns that tell a run from the others of its experiment, from its config; `condition` is their name."""
+    trained = config['recal_steps'] is None
+    of = '' if trained else 'parent_'                       # recalibration itself is shuffled in every arm
+    found = {
+        'attention': 'mha' if config['n_kv_head'] == config['n_head'] else 'gqa',
+        'order': config[of + 'order'],
+        'cycles': config[of + 'cycles'],
+        'cooldown': config[of + 'cooldown'],
+        'pure': config.get(of + 'max_segments') == 1,
+        'positions': positions_of(config) if trained else 'kept' if config['keep_rope'] else 'drope'}
+    name = condition(arm_name(found), found['positions'])
+    return {'condition': name, **found, 'seed': config['seed'], 'recal_steps': config['recal_steps']}
+
+def run_folder(out_dir, config):
+    """Where a trained run goes: <out_dir>/<condition>/seed<k>."""
+    return os.path.join(out_dir, columns(config)['condition'], f'seed{config["seed"]}')
+
+def recal_folder(parent, keep_rope, further=None):
+    """
+    Where a recalibration of the run folder `parent` goes: .../<arm>_rope/seed<k> gets .../<arm>_drope/seed<k>
+    (or _kept), another layout such as out/mine gets out/mine_drope. further: steps of a length that is not the
+    main one.
+    """
+    arm, seed = os.path.split(os.path.normpath(parent))
+    kind = '_kept' if keep_rope else '_drope'
+    if arm.endswith('_rope'):
+        folder = os.path.join(arm.removesuffix('_rope') + kind, seed)
+    else:
+        folder = os.path.join(arm, seed) + kind
+    return folder if further is None else os.path.join(folder, f'recal_{further}')
+
+def is_main(folder):
+    """Whether a run is trained, or recalibrated for the main length: not in a further recal_<steps> folder."""
+    return not os.path.basename(os.path.normpath(folder)).startswith('recal_')
+
+# -----------------------------------------------------------------------------
+# configs
+
+# where a run was made and how fast
+IDENTITY_FREE = {'data_dir', 'out_dir', 'run', 'parent', 'device', 'compile', 'grad_accum'}
+NEEDED = {'recal_steps', 'keep_rope', 'data_dir', 'seed', 'n_topics', 'max_iters', 'order', 'n_layer', 'n_head',
+          'n_kv_head', 'rope'}                              # of these every run has its own
+
+def defaults():
+    """{key: default} of every script's config block: what a run was made with that is older than a key."""
+    return {key: default for script in SCRIPTS for key, (default, _) in block(script).items()}
+
+def differences(config, there):
+    """
+    The keys, sorted, in which two configs describe different runs; a key that one lacks has its default there.
+    """
+    default = defaults()
+    def value(settings, key):
+        return json.dumps(settings.get(key, default.get(key)))
+    keys = (config.keys() | there.keys()) - IDENTITY_FREE
+    return sorted(key for key in keys if value(config, key) != value(there, key))
+
+def read_config(folder):
+    """config.json of a run folder as a dict."""
+    path = os.path.join(folder, 'config.json')
+    config = read_json(path, 'delete the folder and train again')
+    if config is None:
+        raise SystemExit(f'{folder}: no run here (config.json is missing); train.py makes one')
+    if not isinstance(config, dict) or not NEEDED <= config.keys():
+        raise SystemExit(f'{path}: not of one of our runs; train.py makes one')
+    return config
+
+def open_run(folder, config):
+    """Write config.json into a new run folder, or check that the run already there has the same settings."""
+    path = os.path.join(folder, 'config.json')
+    if not os.path.exists(path):
+        return write_json(path, config)
+    there = read_config(folder)
+    differ = differences(config, there)
+    if differ:
+        key = differ[0]
+        more = f', and {len(differ) - 1} more' if differ[1:] else ''
+        raise SystemExit(f'{folder}: holds a run with other settings ({key} = {there.get(key)!r}, here '
+                         f'{config.get(key)!r}{more}); delete it or choose another --out_dir')
+
+def read_log(folder):
+    """The lines of log.jsonl of a run folder that record a step, as dicts; [] where there are none yet."""
+    path = os.path.join(folder, 'log.jsonl')
+    records = []
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            for line in f:
+                with contextlib.suppress(ValueError):       # a kill may have cut the last line
+                    records.append(json.loads(line))
+    return [r for r in records if 'step' in r]
+
+# -----------------------------------------------------------------------------
+# rows
+
+def read_row(folder):
+    """row.json of a run folder; None where the run is not done."""
+    return read_json(os.path.join(folder, 'row.json'))
+
+def key(row):
+    """What finds a row in its experiment, and sorts them as tables show them: shuffled first, RoPE before DroPE."""
+    order = row['order'] != 'shuffled', row['order'], row['cycles'], row['cooldown']
+    positions = row['recal_steps'] is not None, row['positions'] == 'drope', row['positions'] != 'rope'
+    return (row['attention'] != 'mha', row['pure'], *order, *positions, row['positions'],
+            row['recal_steps'] or 0, row['seed'])
+
+def read_rows(folder):
+    """
+    (header, rows) of an experiment folder: from its runs.jsonl, or runs.jsonl.gz where that is published, with
+    the whole config in every row. (None, []) where there is no such file.
+    """
+    path = os.path.join(folder, 'runs.jsonl')
+    opener = open
+    if not os.path.exists(path):
+        path, opener = path + '.gz', gzip.open
+    try:
+        with opener(path, 'rt', encoding='utf-8') as f:
+            header, *rows = map(json.loads, f)
+    except FileNotFoundError:
+        return None, []
+    except (OSError, ValueError, EOFError) as e:
+        raise SystemExit(f'{path}: cannot be read as lines of JSON ({e}); delete it, the experiment writes '
+                         'it again') from None
+    for row in rows:
+        row['config'] = header['config'] | row['config']
+    return header, rows
+
+def dump_rows(header, rows):
+    """The lines of runs.jsonl: a key of the config that all rows agree on stands in the header alone."""
+    configs = [row['config'] for row in rows]
+    shared = {k: v for k, v in configs[0].items() if all(k in c and c[k] == v for c in configs)}
+    lines = [header | {'config': shared}]
+    for row in sorted(rows, key=key):
+        own = {k: v for k, v in row['config'].items() if k not in shared}
+        lines.append(row | {'config': own})
+    return ''.join(json.dumps(line, allow_nan=False) + '\n' for line in lines)
+
+def gather(out_dir, folders=None, compare=None):
+    """
+    Write runs.jsonl of an experiment from the row.json of its run folders (none: all below out_dir), under a
+    lock; returns (header, rows). compare: {'base', 'placebo', 'primary'} of the experiment, for report.py;
+    none: as it was.
+    """
+    if folders is None:
+        paths = glob.glob(os.path.join(glob.escape(out_dir), '**', 'row.json'), recursive=True)
+        folders = [os.path.dirname(path) for path in paths]
+    rows = [row for row in map(read_row, folders) if row]
+    rows.sort(key=key)
+    if not rows:
+        return None, []
+    with FileLock(os.path.join(out_dir, 'runs.jsonl.lock')):
+        before, _ = read_rows(out_dir)
+        if compare is None:
+            compare = before['compare'] if before else {k: defaults()[k] for k in ('base', 'placebo', 'primary')}
+        header = {
+            'experiment': os.path.basename(os.path.abspath(out_dir)),
+            'compare': compare,
+            'device': ' and '.join(dict.fromkeys(row['device'] for row in rows)),
+            'versions': rows[0]['versions']}
+        write_text(os.path.join(out_dir, 'runs.jsonl'), dump_rows(header, rows))
+    return header, rows
+
+def open_rows(folder):
+    """
+    (header, rows) of an experiment folder, gathered anew where it has the runs themselves; one line if there
+    are none.
+    """
+    if not os.path.isdir(folder):
+        raise SystemExit(f'{folder}: no such folder; give an experiment folder such as out/demo')
+    header, rows = gather(folder)
+    if not rows:
+        header, rows = read_rows(folder)
+    if not rows:
+        raise SystemExit(f'{folder}: holds no row.json and no runs.jsonl yet; train and analyze a run first')
+    return header, rows

@@ -1,0 +1,54 @@
+"""Figures from made-up rows: all are drawn, also for orders and positions that plot.py has never heard of."""
+import base64
+import os
+import types
+import zlib
+
+import numpy as np
+
+import plot
+import runs
+
+HEADER = {'experiment': 'made_up', 'device': 'cpu', 'versions': {},
+          'compare': {'base': 'shuffled', 'placebo': 'pseudo', 'primary': ['score_p', 'reverse', 'drope - rope']}}
+
+def made_up(order, positions, seed, recal_steps=None, main=True):
+    """A row of a model with 2 layers of 3 heads and 9 topics; a head and a lens without a number."""
+    p = [[0.1 * seed, None, 0.3], [0.1, 0.2, 0.4]]
+    ranks = [[3.0, 4.0, 5.0]] * 2
+    by_depth = [1.0, 0.5, 0.6, 0.6, 0.7]
+    lens = {'value': [None] + by_depth[1:], 'chance': [None, 0.5, 0.5, 0.5, 0.5], 'chance_sd': [None] + [0.01] * 4}
+    return {
+        'condition': f'mha_{order}_{positions}', 'attention': 'mha', 'order': order, 'cycles': 1, 'cooldown': 0.0,
+        'pure': False, 'positions': positions, 'seed': seed, 'recal_steps': recal_steps, 'main': main,
+        'measures_version': 1, 'val_loss': 3.2 - (recal_steps or 0) / 100 + 0.01 * seed, 'excess': None,
+        'references': {'uniform': 4.0, 'bigram': 3.5, 'filter': None, 'oracle': None}, 'device': 'cpu', 'versions': {},
+        'mean': {'score_p': 0.2 + seed, 'within': None}, 'heads': {'score_p': p, 'qk_rank': ranks, 'ov_rank': ranks},
+        'probe': {'accuracy': [0.2, 0.4, 0.9], 'references': {'token': 0.3, 'ceiling': None, 'untrained': [0.2] * 3},
+                  'by_distance': {'distance': [0, 1, 2, 4], 'accuracy': [0.2, 0.3, 0.5, 0.8], 'ceiling': None}},
+        'init_rank': {'qk_rank': [5.0, 5.0], 'ov_rank': None}, 'lens': {'projection': lens, 'projection_others': lens},
+        'curve': {'step': [0, 10, 20], 'val_loss': [4.0, None, 3.0], 'topics': [[0] * 9, [8] + [0] * 8, [1] * 9]},
+        'config': {'seed': seed}}
+
+def drawn(folder, seeds):
+    """The paths that plot.py draws from made-up rows of these seeds."""
+    rows = []
+    for order in ('shuffled', 'reverse'):
+        for seed in seeds:
+            rows += [made_up(order, 'rope', seed), made_up(order, 'alibi', seed)]
+            rows += [made_up(order, 'drope', seed, 5), made_up(order, 'drope', seed, 9, main=False)]
+    pixels = base64.b64encode(zlib.compress(np.eye(8, dtype=np.uint8).tobytes())).decode()
+    example = {'layer': 1, 'head': 2, 'score_p': None,
+               'topics': [0, 0, 8, 8, 8, 1, 1, 1], 'shape': [8, 8], 'max': 1.0, 'uint8': pixels}
+    runs.write_text(os.path.join(folder, 'runs.jsonl'), runs.dump_rows(HEADER, rows))
+    runs.write_json(os.path.join(folder, 'examples.json'), {'mha_reverse_rope': example})
+    return plot.main(types.SimpleNamespace(paths=[str(folder)], dpi=110))
+
+def test_every_figure_is_drawn(tmp_path):
+    paths = drawn(tmp_path, seeds=(0, 1))
+    assert len(paths) == len(plot.FIGURES) == 8
+    assert all(os.path.getsize(path) > 5000 for path in paths)
+
+def test_one_seed_has_no_interval(tmp_path):
+    assert len(drawn(tmp_path, seeds=(3,))) == len(plot.FIGURES)
+    assert 'n = 1' in plot.load(str(tmp_path)).note
