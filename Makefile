@@ -7,7 +7,7 @@ demo: .venv/done
 	.venv/bin/python run_experiment.py config/demo.py
 
 test: .venv/done
-	.venv/bin/python -m pytest -q -rs
+	.venv/bin/python -m pytest -q -rs -n 2 --dist loadfile
 
 test-transformer-lens: .venv-tl/done
 	REQUIRE_TRANSFORMER_LENS=1 .venv-tl/bin/python -m pytest -q -rs test_export.py

@@ -17,8 +17,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import entropy
-from sklearn.metrics import mutual_info_score
 
 import measures
 import runs
@@ -44,49 +42,6 @@ device = ''                 # as in train.py
 
 SETTINGS = ('analysis_rows', 'probe_tokens', 'null_draws', 'lens_rows', 'lens_draws')      # kept in the row
 NO_REFERENCES = dict.fromkeys(('uniform', 'bigram', 'filter', 'oracle'))        # of a dataset that has none
-
-def plain(x):
-    """Arrays, tensors and numbers as JSON has them: nested lists, null where a number is not defined."""
-    if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
-    if hasattr(x, 'tolist'):
-        x = x.tolist()
-    if isinstance(x, (list, tuple)):
-        return [plain(value) for value in x]
-    return None if x != x else x
-
-def save(run, name, result):
-    """A JSON file in the folder of the run."""
-    runs.write_json(os.path.join(run, name), plain(result))
-
-# -----------------------------------------------------------------------------
-# what the log of the run says
-
-def orderedness(records):
-    """
-    Mutual information of the step (bins of the log) and the dominant topic of a row, over the entropy of the
-    topics: 1 if the step tells the topic, about (K-1)/(2 rows a bin) / H, near 0, for shuffled rows. None
-    without topics.
-    """
-    counts = [r['topics'] for r in records if sum(r['topics'])]                # [bins][K]
-    H = entropy(np.sum(counts, 0)) if counts else 0
-    if not H:
-        return None
-    return mutual_info_score(None, None, contingency=np.array(counts)) / H
-
-def curve(records, points=100):
-    """The log in about so many points, every evaluation among them; topics are added up since the point before."""
-    stride = 1 + len(records) // points
-    kept, topics = [], 0
-    for i, record in enumerate(records):
-        topics = topics + np.array(record['topics'])
-        if i % stride == 0 or record['val_loss'] is not None:
-            kept.append(record | {'topics': topics})
-            topics = 0
-    found = {}
-    for key in ('step', 'loss', 'val_loss', 'lr', 'topics'):
-        found[key] = [record[key] for record in kept]
-    return found
 
 def outcome(val_loss, references):
     """
@@ -172,7 +127,8 @@ def unmasked(run, model, rows):
     heads = head_table(sums, draws=1, seed=0)
     mean = {name: heads[name].mean() for name in ('entropy', 'within_all')}
     chance = measures.uniform_measures(rows.topics, keys)
-    save(run, 'unmasked.json', {'causal': False, 'mean': mean, 'uniform': chance})
+    result = {'causal': False, 'mean': mean, 'uniform': chance}
+    runs.write_json(os.path.join(run, 'unmasked.json'), result)
     print(f'{run}, no causal mask (the log\'s columns): entropy {mean["entropy"]:.2f} nats, '
           f'within {mean["within_all"]:.1%}, uniform attention {chance["within_all"]:.1%}')
 
@@ -187,9 +143,9 @@ def ranks(model):
         gains = g1, attn.q_norm.weight, attn.k_norm.weight
         qk.append(measures.qk_rank(attn.q_proj.weight, attn.k_proj.weight, *gains))
         ov.append(measures.ov_rank(attn.o_proj.weight, attn.v_proj.weight, g1, attn.head_dim))
-    found = {'ov_rank': np.stack(ov)}
+    found = {'ov_rank': torch.stack(ov).cpu().numpy()}
     if model.stock_positions():
-        found['qk_rank'] = np.stack(qk)
+        found['qk_rank'] = torch.stack(qk).cpu().numpy()
     return found
 
 def example(model, rows, score):
@@ -248,8 +204,10 @@ def probe_table(c, rows, states, untrained, embedded, posterior):
         references[name] = [k.mean() for k in found]
     references['running_mean'] = references['running_mean'][0]
 
-    x_train, x_test = rows.tokens[rows.train].cpu().numpy(), rows.tokens[rows.test].cpu().numpy()
-    y_train, y_test = rows.topics[rows.train].cpu().numpy(), rows.topics[rows.test].cpu().numpy()
+    x_train = rows.tokens[rows.train].cpu().numpy()
+    x_test = rows.tokens[rows.test].cpu().numpy()
+    y_train = rows.topics[rows.train].cpu().numpy()
+    y_test = rows.topics[rows.test].cpu().numpy()
     references['majority'] = measures.majority(y_train, y_test)
     references['token'] = measures.token_identity(x_train, y_train, x_test, y_test, c['vocab_size'])
     distance = measures.distance_from_boundary(rows.topics)[rows.test].cpu().numpy()
@@ -291,7 +249,8 @@ def analyse(cfg):
     allowed = []
     for layer in range(c['n_layer']):
         allowed.append(model.allowed(layer, c['block_size']))
-    states, sums = pass_over(model, rows, f'analyse {os.path.relpath(cfg.run)}', allowed)
+    desc = f'analyse {os.path.relpath(cfg.run)}'
+    states, sums = pass_over(model, rows, desc, allowed)
     fresh = build(c, torch.Generator().manual_seed(c['seed'])).to(device)
     untrained, _ = pass_over(fresh, rows, 'untrained')
 
@@ -315,27 +274,29 @@ def analyse(cfg):
     lens = tensor_lens.own_topic_shares(model, rows.whole[:n], rows.topics[:n], *draws)
 
     # ---- the row comes last: it says that all is done
-    save(cfg.run, 'example.json', example(model, rows, heads['score_p']))
+    shown = example(model, rows, heads['score_p'])
+    runs.write_json(os.path.join(cfg.run, 'example.json'), shown)
+    references = NO_REFERENCES | (data.meta.get('references') or {})
     seconds = {'train': records[-1]['seconds'], 'analysis': time.time() - clock}
     row = runs.columns(c) | {
         'main': runs.is_main(cfg.run),
         'measures_version': measures.VERSION,
-        **outcome(records[-1]['val_loss'], data.meta.get('references') or NO_REFERENCES),
-        'orderedness': orderedness(records),
+        **outcome(records[-1]['val_loss'], references),
+        'orderedness': runs.orderedness(records),
         'mean': mean,
         'uniform': uniform,
         'heads': heads,
         'init_rank': init_rank,
         'probe': probe,
         'lens': lens,
-        'curve': curve(records),
+        'curve': runs.curve(records),
         'settings': {key: getattr(cfg, key) for key in SETTINGS},
         **versions(device),
         'seconds': seconds,
         'config': c}
-    save(cfg.run, 'row.json', row)
+    runs.write_json(os.path.join(cfg.run, 'row.json'), row)
     middle = c['n_layer'] // 2
-    P = runs.show(plain(mean['score_p']), '.3f')
+    P = runs.show(runs.plain(mean['score_p']), '.3f')
     print(f'{cfg.run}: val loss {row["val_loss"]:.4f}, P {P}, probe[{middle}] {probe["accuracy"][middle]:.3f}, '
           f'{seconds["analysis"]:.0f} s')
 

@@ -6,9 +6,10 @@ How fast a config trains: the step of train.py beside the same step in plain PyT
 Random tokens, no dataset. Times are medians over bench_steps steps, with the 10th and 90th percentile, after a warm-up
 that compiles. MFU: the products that a step cannot do without, 6 N a token (N parameters, the tied matrix once) and
 6 n_layer n_head head_dim block_size for causal attention, over the step's time, over the rate at which the device
-multiplies two large random matrices of the same type. Writes out/bench.json.
+multiplies two large random matrices of the same type. Writes out/bench/<config>.json.
 """
 import itertools
+import os
 import time
 
 import torch
@@ -108,11 +109,12 @@ def main(cfg):
         step = plain_step(build(c, g).to(device), c, corpus, batches, dtype)
         plain_ms = timed(step, n, device)[n // 2]
 
+    name = os.path.basename(cfg.files[-1]).removesuffix('.py') if cfg.files else 'default'
     ms = times[n // 2]
     n_parameters = sum(p.numel() for p in model.parameters())
     result = {
         **versions(device),
-        'config': cfg.files,
+        'config': name,
         'dtype': dtype,
         'compiled': compile,
         'parameters': n_parameters,
@@ -124,7 +126,7 @@ def main(cfg):
         'ratio': plain_ms / ms}
     for key, value in result.items():
         print(f'{key:16s} {value}')
-    write_json('out/bench.json', result)
+    write_json(f'out/bench/{name}.json', result)
 
 if __name__ == '__main__':
     main(configure(__file__, stages=SCRIPTS))

@@ -25,8 +25,11 @@ SCRIPTS = ('prepare_wiki.py', 'data_synth.py', 'train.py', 'drope.py', 'analyze.
 
 def source(path):
     """The text of a script beside this one, or of any file."""
-    with open(os.path.join(_here, path), encoding='utf-8') as f:
-        return f.read()
+    try:
+        with open(os.path.join(_here, path), encoding='utf-8') as f:
+            return f.read()
+    except FileNotFoundError:
+        raise SystemExit(f'{path}: no such file; a config is a Python file such as config/run1.py') from None
 
 @functools.cache
 def block(script):
@@ -97,7 +100,8 @@ def read_file(path):
         raise SystemExit(f'{path}, line {e.lineno}: {e.msg}') from None
     except Exception as e:                                  # a missing file too
         raise SystemExit(f'{path}: {type(e).__name__}: {e}; a config is a Python file such as config/run1.py') from None
-    known = blocks(SCRIPTS)
+    own = scratch.get('data_script') or SCRIPTS[0]          # a data script of one's own has keys of its own
+    known = blocks((own, *SCRIPTS))
     keys = {}
     for key, value in scratch.items():
         if key.startswith('_') or callable(value) or isinstance(value, types.ModuleType):

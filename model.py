@@ -5,6 +5,7 @@ Pre-norm transformer; RMSNorm on every query and key head (QK-Norm) before rotar
 attention; no biases; tied embedding. Parameter names are those of Hugging Face's Qwen3ForCausalLM, so a state dict
 is an export (sources: Qwen3 technical report, arXiv 2505.09388; DroPE, arXiv 2512.12167, for the switch).
 """
+import inspect
 import os
 
 import torch
@@ -209,12 +210,10 @@ class Qwen3(nn.Module):
 # -----------------------------------------------------------------------------
 # checkpoints
 
-SHAPE = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'mlp_hidden', 'vocab_size', 'block_size', 'rope',
-         'rope_theta')                                      # what a config says of its model
-
 def build(config, generator=None):
-    """The model that a run's config.json (a dict) describes, freshly initialised."""
-    return Qwen3(**{k: config[k] for k in SHAPE}, generator=generator)
+    """The model that a run's config.json (a dict) describes, freshly initialised; Qwen3's arguments are its keys."""
+    names = inspect.signature(Qwen3).parameters
+    return Qwen3(**{key: value for key, value in config.items() if key in names}, generator=generator)
 
 def read_checkpoint(folder, device='cpu'):
     """ckpt.pt of a run folder: {'model', 'optimizer', 'step', ...}. weights_only: a checkpoint can't run code."""

@@ -53,12 +53,11 @@ MEASURES = {
     'ov_rank': Measure('OV rank', 'effective rank', '.1f', 'init', table='circuits'),
     'orderedness': Measure('Orderedness', '0 to 1', '.3f', table='order')}
 
-WHERE = ('drope - kept', 'drope', 'kept', 'rope', 'nope')           # positions at which two arms are compared
 FAMILY = ('rope', 'drope')          # the tested family: what order installs, and what of it is there after DroPE
 
 def middle(row):
-    """The layer that `probe` alone means."""
-    return (len(row['probe']['accuracy']) - 1) // 2
+    """The layer that `probe` alone means: n_layer // 2."""
+    return (len(part(row, 'probe.accuracy') or [None]) - 1) // 2
 
 def part(row, path):
     """'probe.accuracy' of a row; None where something on the way is missing."""
@@ -68,13 +67,14 @@ def part(row, path):
 
 def value(row, key):
     """
-    The number of a measure in a row, None where it is undefined or was defined otherwise: of its own, the mean
-    over heads, the probe after layer n_layer // 2, or, of a list by layer named 'probe.accuracy', the last.
+    The number of a measure in a row, None where it is undefined or was defined otherwise: of its own, the mean over
+    heads, the probe after its middle layer, or, of a list by layer named 'probe.accuracy', the last.
     """
     if row['measures_version'] < MEASURES[key].since:
         return None
     if key == 'probe':
-        return row['probe']['accuracy'][middle(row)]
+        accuracy = part(row, 'probe.accuracy')
+        return accuracy[middle(row)] if accuracy else None
     found = part(row, key if '.' in key or key in row else f'mean.{key}')
     return found[-1] if isinstance(found, list) else found
 
@@ -84,8 +84,8 @@ def chance(row, key):
     if level == 'zero':
         return 0.0
     if level == 'majority':
-        return row['probe']['references'].get('majority')
-    return row['uniform'].get(key)
+        return part(row, 'probe.references.majority')
+    return part(row, f'uniform.{key}')
 
 def loss_above(row):
     """Nats above the Bayes filter; the validation loss itself where there is no filter."""
@@ -218,7 +218,9 @@ def effects(header, rows):
             by_seed.setdefault(row['condition'], {})[row['seed']] = row
     measures = [key for key, m in MEASURES.items() if m.tested]
     primary, _, at = header['compare']['primary']
-    for contrast, where, measure in itertools.product(contrasts(rows, header['compare']), WHERE, measures):
+    positions = sorted({row['positions'] for row in rows})
+    wheres = ['drope - kept', *positions]
+    for contrast, where, measure in itertools.product(contrasts(rows, header['compare']), wheres, measures):
         differences = paired(by_seed, contrast['arms'], where, measure)
         kind = 'explored'
         if contrast['named'] and (measure, where) == (primary, at):
@@ -316,9 +318,10 @@ def measures_table(rows, which):
         return []
     headings = ['Condition']
     for key in keys:
-        m, level = MEASURES[key], chance(rows[0], key)
+        m = MEASURES[key]
+        levels = [x for x in (chance(row, key) for row in rows) if x is not None]
         name = m.heading + f'@L{middle(rows[0])}' * (key == 'probe')
-        headings.append(f'{name} ({m.chance} {format(level, m.format)})' if level is not None else name)
+        headings.append(f'{name} ({m.chance} {format(np.mean(levels), m.format)})' if levels else name)
     lines = []
     for name, group in by_length(rows).items():
         cells = [number([value(row, key) for row in group], MEASURES[key].format) for key in keys]
@@ -378,12 +381,15 @@ def summary(header, rows, figures=()):
     if n > 1:
         spread = f'{n} seeds; ±: half-width of the 95% t-interval over them.'
         least = f'The smallest p that {n} seeds can give is {2 / len(sign_flips(n)):.3g}.'
+    of_seed = {row['seed']: row['references'] for row in rows}
     nats = []
     for name in rows[0]['references']:
-        losses = [row['references'][name] for row in rows]
+        losses = [references[name] for references in of_seed.values()]
         nats.append(f'{name} {number(losses, ".4f")}')
     trained = [row for row in rows if row['recal_steps'] is None]
     differences, equal_loss = effects(header, rows), matched(header, rows)
+    if not any(e['kind'] == 'primary' for e in differences):
+        least = 'Its arms are not among these.'
     lines = [
         f'# {header["experiment"]}', '',
         f'{header["device"]}, torch {header["versions"]["torch"]}. {spread}', '',

@@ -11,8 +11,6 @@ settings of the analysis, is made again where the checkpoint is. Stop it at any 
 Writes runs.jsonl, summary.md and figures/ into out_dir; --publish copies them to results/<experiment>/.
 """
 import contextlib
-import glob
-import gzip
 import importlib
 import itertools
 import multiprocessing
@@ -54,8 +52,7 @@ publish = False             # copy rows, report and figures to results/<experime
 # -----------------------------------------------------------------------------
 # the plan
 
-OF_AN_ARM = ('run', 'seed', 'order', 'cycles', 'cooldown', 'rope', 'n_kv_head', 'keep_rope', 'causal',
-             'recal_data_dir')
+OF_AN_ARM = {'run', 'seed', 'order', 'cycles', 'cooldown', 'n_kv_head', 'keep_rope', 'causal', 'recal_data_dir'}
 
 class Run(NamedTuple):
     folder: str
@@ -75,6 +72,8 @@ def data_stage(cfg, pure, seed):
     at = SimpleNamespace(**{key: cfg.overrides.get(key, default) for key, (default, _) in keys.items()})
     if cfg.data_script == 'data_synth.py':
         at.seed = seed
+    if pure and 'min_segments' not in keys:
+        raise SystemExit(f'arms: pure rows want a data_script that cuts rows by min_segments, not {cfg.data_script!r}')
     if pure:
         at.min_segments = at.max_segments = 1
         at.data_dir += '_pure'
@@ -127,25 +126,29 @@ def arm_runs(cfg, arm, seed):
         found.append(Run(runs.recal_folder(folder, keep, further), config, length))
     return found
 
-def published(cfg):
+def place(cfg):
     """Where an experiment is published."""
     return os.path.join('results', os.path.basename(cfg.out_dir))
-
-def row_of(run, others):
-    """The row of a run that is done, from its folder or among others, {key: row}; None where it is to be made."""
-    for row in (runs.read_row(run.folder), others.get(runs.key(runs.columns(run.config)))):
-        if row and not runs.differences(run.config, row['config']):
-            return row
 
 def has_checkpoint(run):
     return os.path.exists(os.path.join(run.folder, 'ckpt.pt'))
 
-def to_do(cfg, run, others):
+def row_of(run, published):
     """
-    Whether a run has still to be made, or measured again: by these measures and settings, where its checkpoint
-    is.
+    The row of a run that is done, from its folder or, where no other run is in it, among those that are published,
+    {key: row}; None where it is to be made.
     """
-    row = row_of(run, others)
+    row = runs.read_row(run.folder)
+    if row is None and not os.path.exists(os.path.join(run.folder, 'config.json')):
+        row = published.get(runs.key(runs.columns(run.config)))
+    if row and not runs.differences(run.config, row['config']):
+        return row | {'main': runs.is_main(run.folder)}
+
+def to_do(cfg, run, published):
+    """
+    Whether a run has still to be made, or measured again: by these measures and settings, where its checkpoint is.
+    """
+    row = row_of(run, published)
     if row is None:
         return True
     settings = {key: getattr(cfg, key) for key in analyze.SETTINGS}
@@ -175,13 +178,10 @@ def run_arm(cfg, arm, seed):
         analyze.main(stage(cfg, 'analyze.py', run=run.folder, causal=True))
     collect(cfg)
 
-def collect(cfg, folders=None):
-    """runs.jsonl of the rows that are there; published at once: another machine will know what is done."""
+def collect(cfg):
+    """runs.jsonl of the plan's rows that are there; published at once: another machine will know what is done."""
     compare = {'base': cfg.base, 'placebo': cfg.placebo, 'primary': list(cfg.primary)}
-    header, rows = runs.gather(cfg.out_dir, folders, compare)
-    if cfg.publish:
-        publish_file(cfg, 'runs.jsonl')
-    return header, rows
+    runs.gather(cfg.out_dir, cfg.folders, compare, place(cfg) if cfg.publish else '')
 
 def run_together(cfg, todo, plan):
     """The arms, cfg.jobs at a time, in as many processes, each of which compiles once for all of its arms."""
@@ -205,13 +205,14 @@ def run_together(cfg, todo, plan):
                     future.result()
                 logs = [runs.read_log(run.folder) for run in mine]
                 bar.update(sum(log[-1]['step'] for log in logs if log) - bar.n)
-    except BrokenProcessPool:
-        raise SystemExit(f'{cfg.out_dir}: an arm was killed, perhaps for lack of memory; try a lower --jobs'
-                         ) from None
-    finally:
+    except BaseException as error:
         for worker in multiprocessing.active_children():
             worker.terminate()
         pool.shutdown(cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise SystemExit(f'{cfg.out_dir}: an arm was killed, perhaps for lack of memory; try a lower --jobs'
+                             ) from None
+        raise
 
 def run_in_turn(cfg, todo):
     """The arms, one after another."""
@@ -226,8 +227,8 @@ def run_in_turn(cfg, todo):
 # the end
 
 def collect_examples(cfg, everything):
-    """examples.json of the experiment: the pictures of the first seed's main runs, of RoPE kept aside."""
-    found = runs.read_json(os.path.join(published(cfg), 'examples.json')) or {}
+    """examples.json of the experiment: the pictures of the first seed's main runs, those of kept RoPE aside."""
+    found = runs.read_json(os.path.join(place(cfg), 'examples.json')) or {}
     for run in everything:
         c = runs.columns(run.config)
         own = runs.read_json(os.path.join(run.folder, 'example.json'))
@@ -235,28 +236,10 @@ def collect_examples(cfg, everything):
             found[c['condition']] = own
     runs.write_json(os.path.join(cfg.out_dir, 'examples.json'), found)
 
-def publish_file(cfg, name):
-    """Copy a file of the experiment to results/, atomically; rows deflated where they are many."""
-    with open(os.path.join(cfg.out_dir, name), 'rb') as f:
-        content = f.read()
-    path = os.path.join(published(cfg), name)
-    if name == 'runs.jsonl' and len(content) > 1e6:
-        content = gzip.compress(content, mtime=0)
-        path += '.gz'
-    runs.write_bytes(path, content)
-
-def publish_results(cfg):
-    """Copy report, figures and what they are made from to results/<experiment>/; notes written by hand stay."""
-    shutil.rmtree(os.path.join(published(cfg), 'figures'), ignore_errors=True)
-    for pattern in ('*.jsonl', '*.json', '*.md', 'figures/*.png'):
-        for path in glob.glob(os.path.join(glob.escape(cfg.out_dir), pattern)):
-            publish_file(cfg, os.path.relpath(path, cfg.out_dir))
-    print(f'published: {published(cfg)}')
-
-def show_plan(everything, others):
+def show_plan(cfg, everything, published):
     """A line a run, done or to do, and the disk that the checkpoints take."""
     for run in everything:
-        state = 'done ' if row_of(run, others) else 'to do'
+        state = 'to do' if to_do(cfg, run, published) else 'done '
         print(f'  {state}  {run.config["max_iters"]:>7,} steps  {run.folder}')
     with torch.device('meta'):
         parameters = sum(p.numel() for p in build(everything[0].config).parameters())
@@ -265,25 +248,30 @@ def show_plan(everything, others):
 
 def check(cfg):
     """Stops with one line at the first setting that can't work."""
-    for key in OF_AN_ARM:
+    for key in OF_AN_ARM.union(*runs.POSITIONS.values()):
         if key in cfg.overrides:
             raise SystemExit(f'run_experiment.py: {key} = {cfg.overrides[key]!r} is not for an experiment, which '
                              f'takes arms and seeds (now {cfg.arms} and {cfg.seeds})')
     if cfg.jobs < 1 or min(cfg.seeds) < 0:
         raise SystemExit(f'run_experiment.py: jobs = {cfg.jobs}: at least 1; seeds = {cfg.seeds}: not negative')
-    if len(cfg.primary) != 3 or cfg.primary[0] not in report.MEASURES or cfg.primary[2] not in report.WHERE:
-        raise SystemExit(f'primary = {cfg.primary}: a measure ({", ".join(report.MEASURES)}), an order and one of '
-                         f'{", ".join(report.WHERE)}')
+    if cfg.data_script and not {'data_dir'} <= block(cfg.data_script).keys():
+        raise SystemExit(f'data_script = {cfg.data_script}: makes no data; a script with main and parameters')
+    tested = [key for key, m in report.MEASURES.items() if m.tested]
+    if len(cfg.primary) != 3 or cfg.primary[0] not in tested:
+        raise SystemExit(f'primary = {cfg.primary}: a measure ({", ".join(tested)}), an order and its positions')
+    for order in (cfg.base, cfg.placebo):
+        if order not in train.ORDERS:
+            raise SystemExit(f'base = {cfg.base}, placebo = {cfg.placebo}: of {", ".join(train.ORDERS)}')
     for arm in cfg.arms:
         train.check(train_stage(cfg, arm, 0))
     drope.check(cfg)
     analyze.check(cfg)
 
-def take_published(everything, others):
+def take_published(everything, published):
     """What is published is read like the rest: its rows are put into the folders of their runs."""
     for run in everything:
-        row = row_of(run, others)
-        if row and not runs.read_row(run.folder):
+        row = row_of(run, published)
+        if row:
             runs.open_run(run.folder, run.config)           # stops where a run with other settings is
             runs.write_json(os.path.join(run.folder, 'row.json'), row)
 
@@ -292,7 +280,7 @@ def make_report(cfg, everything):
     for name in ('clusters.json', 'topics.md'):             # what the topics are, where they are clusters
         with contextlib.suppress(FileNotFoundError):
             shutil.copy(os.path.join(cfg.data_dir, name), cfg.out_dir)
-    collect(cfg, [run.folder for run in everything])
+    collect(cfg)
     collect_examples(cfg, everything)
     shutil.rmtree(os.path.join(cfg.out_dir, 'figures'), ignore_errors=True)     # of an earlier report
     plot.main(stage(cfg, 'plot.py', paths=[cfg.out_dir]))
@@ -309,21 +297,22 @@ def main(cfg):
         make_data(cfg, pairs)
     plan = {pair: arm_runs(cfg, *pair) for pair in pairs}
     everything = list(itertools.chain(*plan.values()))
-    others = {runs.key(row): row for row in runs.read_rows(published(cfg))[1]}
-    todo = [pair for pair in pairs if any(to_do(cfg, run, others) for run in plan[pair])]
+    cfg.folders = [run.folder for run in everything]
+    published = {runs.key(row): row for row in runs.read_rows(place(cfg))[1]}
+    todo = [pair for pair in pairs if any(to_do(cfg, run, published) for run in plan[pair])]
     steps = sum(run.config['max_iters'] for run in everything)
     print(f'{cfg.out_dir}: {len(cfg.arms)} arms x {len(cfg.seeds)} seeds, {len(everything)} runs, {steps:,} steps; '
           f'to do: {len(todo)} of {len(pairs)} arms')
     if cfg.dry_run:
-        return show_plan(everything, others)
+        return show_plan(cfg, everything, published)
     planned = {runs.key(runs.columns(run.config)) for run in everything}
-    for key, row in others.items():
+    for key, row in published.items():
         if cfg.publish and key not in planned:
-            raise SystemExit(f'{published(cfg)}: holds {row["condition"]} of seed {row["seed"]}, which is not in this '
+            raise SystemExit(f'{place(cfg)}: holds {row["condition"]} of seed {row["seed"]}, which is not in this '
                              'plan and would be lost; add its arm and seed, or delete it')
 
     # ---- data, every arm, the report
-    take_published(everything, others)
+    take_published(everything, published)
     if cfg.data_script and not shared_data:
         make_data(cfg, todo)
     if cfg.jobs > 1 and len(todo) > 1:
@@ -332,7 +321,7 @@ def main(cfg):
         run_in_turn(cfg, todo)
     make_report(cfg, everything)
     if cfg.publish:
-        publish_results(cfg)
+        runs.publish(cfg.out_dir, place(cfg))
 
 if __name__ == '__main__':
     config = configure(__file__, stages=SCRIPTS[:-1])

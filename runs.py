@@ -15,7 +15,10 @@ import os
 import re
 import shutil
 
+import numpy as np
 from filelock import FileLock
+from scipy.stats import entropy
+from sklearn.metrics import mutual_info_score
 
 from configurator import SCRIPTS, block
 
@@ -36,9 +39,19 @@ def write_text(path, text):
     """Replace a text file, atomically; UTF-8."""
     write_bytes(path, text.encode('utf-8'))
 
+def plain(x):
+    """Arrays, tensors and numbers as JSON has them: nested lists, null where a number is not defined."""
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    if hasattr(x, 'tolist'):
+        x = x.tolist()
+    if isinstance(x, (list, tuple)):
+        return [plain(value) for value in x]
+    return None if x != x else x
+
 def write_json(path, value):
-    """Replace a JSON file, atomically; NaN is an error."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + '\n')
+    """Replace a JSON file, atomically."""
+    write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + '\n')
 
 def read_json(path, advice='delete it and run its stage again'):
     """What a JSON file holds; None where there is none."""
@@ -92,7 +105,8 @@ def show(x, form):
 
 # what a model can be trained with: settings of train.py
 POSITIONS = {'rope': {'rope': True}, 'nope': {'rope': False}}
-ARM_NAMES = '{mha,gqa}_{shuffled,topic_ordered,topic_c<cycles>,pseudo,...}[_cd<percent>][_pure][_nope]'
+ARM_NAMES = ('{mha,gqa}_{shuffled,topic_ordered,topic_c<cycles>,pseudo,...}[_cd<percent>][_pure]'
+             f'[_{{{",".join(POSITIONS)}}}]')
 
 def order_name(columns):
     """'topic_ordered', 'topic_c4_cd20_pure', ...: the order part of a name, from the columns of a row."""
@@ -109,20 +123,23 @@ def arm_settings(arm, n_head):
     train.py and `pure`, whether its training rows have one segment each. Stops with one line at any other name.
     """
     ends = '|'.join(POSITIONS)
-    name = re.fullmatch(rf'(mha|gqa)_([a-z]+?)(?:_ordered|_c(\d+))?(?:_cd(\d+))?(_pure)?(?:_({ends}))?', arm)
+    name = re.fullmatch(rf'(mha|gqa)_([a-z]\w*?)(?:_ordered|_c(\d+))?(?:_cd(\d+))?(_pure)?(?:_({ends}))?', arm)
     if not name:
         raise SystemExit(f'arms: {arm!r} is not of the form {ARM_NAMES}')
     attention, order, cycles, cooldown, pure, positions = name.groups()
-    if attention == 'gqa' and n_head % 2:
-        raise SystemExit(f'arms: {arm!r} shares each key-value head between two queries, but n_head = {n_head} is '
-                         'odd')
-    return {
-        'n_kv_head': n_head if attention == 'mha' else n_head // 2,
+    settings = {
         'order': order,
         'cycles': int(cycles or 1),
         'cooldown': int(cooldown or 0) / 100,
-        'pure': bool(pure),
-        **POSITIONS[positions or 'rope']}
+        'pure': bool(pure)}
+    again = arm_name(settings | {'attention': attention})
+    if arm.removesuffix(f'_{positions}') != again:          # two names for one arm would be one folder
+        raise SystemExit(f'arms: {arm!r} is {again!r} by its right name')
+    if attention == 'gqa' and n_head % 2:
+        raise SystemExit(f'arms: {arm!r} shares each key-value head between two queries, but n_head = {n_head} is '
+                         'odd')
+    n_kv_head = n_head if attention == 'mha' else n_head // 2
+    return settings | {'n_kv_head': n_kv_head, **POSITIONS[positions or 'rope']}
 
 def arm_name(columns):
     """'mha_topic_c4': the name of an arm, from the columns of a row."""
@@ -229,12 +246,40 @@ def read_log(folder):
                     records.append(json.loads(line))
     return [r for r in records if 'step' in r]
 
+def orderedness(records):
+    """
+    Mutual information of the step (bins of the log) and the dominant topic of a row, over the entropy of the
+    topics: 1 if the step tells the topic, about (K-1)/(2 rows a bin) / H, near 0, for shuffled rows. None without
+    topics.
+    """
+    counts = [r['topics'] for r in records if sum(r['topics'])]                # [bins][K]
+    H = entropy(np.sum(counts, 0)) if counts else 0
+    return mutual_info_score(None, None, contingency=np.array(counts)) / H if H else None
+
+def curve(records, points=100):
+    """The log in about so many points, every evaluation among them; topics are added up since the point before."""
+    stride = 1 + len(records) // points
+    kept, topics = [], 0
+    for i, record in enumerate(records):
+        topics = topics + np.array(record['topics'])
+        if i % stride == 0 or record['val_loss'] is not None:
+            kept.append(record | {'topics': topics})
+            topics = 0
+    found = {}
+    for key in ('step', 'loss', 'val_loss', 'lr', 'topics'):
+        found[key] = [record[key] for record in kept]
+    return found
+
 # -----------------------------------------------------------------------------
 # rows
 
 def read_row(folder):
     """row.json of a run folder; None where the run is not done."""
-    return read_json(os.path.join(folder, 'row.json'))
+    path = os.path.join(folder, 'row.json')
+    row = read_json(path)
+    if row is not None and not (isinstance(row, dict) and {'condition', 'config', 'device'} <= row.keys()):
+        raise SystemExit(f'{path}: not a row of ours; delete it and run analyze.py again')
+    return row
 
 def key(row):
     """What finds a row in its experiment, and sorts them as tables show them: shuffled first, RoPE before DroPE."""
@@ -274,20 +319,17 @@ def dump_rows(header, rows):
         lines.append(row | {'config': own})
     return ''.join(json.dumps(line, allow_nan=False) + '\n' for line in lines)
 
-def gather(out_dir, folders=None, compare=None):
+def gather(out_dir, folders=None, compare=None, place=''):
     """
-    Write runs.jsonl of an experiment from the row.json of its run folders (none: all below out_dir), under a
-    lock; returns (header, rows). compare: {'base', 'placebo', 'primary'} of the experiment, for report.py;
-    none: as it was.
+    Write runs.jsonl of an experiment from the row.json of its run folders (none: all below out_dir), under a lock,
+    and copy it to the folder `place`; returns (header, rows). compare: {'base', 'placebo', 'primary'} of the
+    experiment, for report.py; none: as it was.
     """
-    if folders is None:
-        paths = glob.glob(os.path.join(glob.escape(out_dir), '**', 'row.json'), recursive=True)
-        folders = [os.path.dirname(path) for path in paths]
-    rows = [row for row in map(read_row, folders) if row]
-    rows.sort(key=key)
-    if not rows:
-        return None, []
     with FileLock(os.path.join(out_dir, 'runs.jsonl.lock')):
+        rows = [row for row in map(read_row, folders or row_folders(out_dir)) if row]
+        rows.sort(key=key)
+        if not rows:
+            return None, []
         before, _ = read_rows(out_dir)
         if compare is None:
             compare = before['compare'] if before else {k: defaults()[k] for k in ('base', 'placebo', 'primary')}
@@ -297,18 +339,50 @@ def gather(out_dir, folders=None, compare=None):
             'device': ' and '.join(dict.fromkeys(row['device'] for row in rows)),
             'versions': rows[0]['versions']}
         write_text(os.path.join(out_dir, 'runs.jsonl'), dump_rows(header, rows))
+        if place:
+            publish_file(out_dir, place, 'runs.jsonl')
     return header, rows
 
+def row_folders(out_dir):
+    """The run folders below out_dir that have a row."""
+    paths = glob.glob(os.path.join(glob.escape(out_dir), '**', 'row.json'), recursive=True)
+    return [os.path.dirname(path) for path in paths]
+
 def open_rows(folder):
-    """
-    (header, rows) of an experiment folder, gathered anew where it has the runs themselves; one line if there
-    are none.
-    """
+    """(header, rows) of an experiment folder, gathered anew where a run has a newer row; one line if there is none."""
     if not os.path.isdir(folder):
         raise SystemExit(f'{folder}: no such folder; give an experiment folder such as out/demo')
-    header, rows = gather(folder)
-    if not rows:
-        header, rows = read_rows(folder)
+    path = os.path.join(folder, 'runs.jsonl')
+    gathered = os.path.getmtime(path) if os.path.exists(path) else 0
+    if any(os.path.getmtime(os.path.join(run, 'row.json')) > gathered for run in row_folders(folder)):
+        return gather(folder)
+    header, rows = read_rows(folder)
     if not rows:
         raise SystemExit(f'{folder}: holds no row.json and no runs.jsonl yet; train and analyze a run first')
     return header, rows
+
+# -----------------------------------------------------------------------------
+# results/
+
+def publish_file(out_dir, place, name):
+    """Copy a file of an experiment to the folder `place`, atomically; runs.jsonl deflated where it is large."""
+    with open(os.path.join(out_dir, name), 'rb') as f:
+        content = f.read()
+    path = os.path.join(place, name)
+    if name != 'runs.jsonl':
+        return write_bytes(path, content)
+    other = path + '.gz'
+    if len(content) > 1e6:
+        content = gzip.compress(content, mtime=0)
+        path, other = other, path
+    write_bytes(path, content)
+    with contextlib.suppress(FileNotFoundError):            # of a time when it was smaller, or larger
+        os.remove(other)
+
+def publish(out_dir, place):
+    """Copy report, figures and what they are made from to the folder `place`; notes written by hand stay."""
+    shutil.rmtree(os.path.join(place, 'figures'), ignore_errors=True)
+    for pattern in ('runs.jsonl', '*.json', '*.md', 'figures/*.png'):
+        for path in glob.glob(os.path.join(glob.escape(out_dir), pattern)):
+            publish_file(out_dir, place, os.path.relpath(path, out_dir))
+    print(f'published: {place}')

@@ -16,7 +16,6 @@ without knowing a topic. And freezing is no intervention: T says what was added 
 analyze.py puts the shares into the row of a run; this script does so again, with more rows or draws.
 """
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -143,18 +142,15 @@ def row_sums(model, tokens, labels, n_topics):
     sums.append(share_sums(hidden, mine, own[0], against, counts))
     return torch.stack(sums)
 
-def numbers(values):
-    """A tensor [depths] as a list, None for nan."""
-    return [None if math.isnan(x) else x for x in values.tolist()]
-
 def with_chance(part, whole, least):
-    """{'value', 'chance', 'chance_sd'}, lists over depths, of part / whole [depths, 1 + draws], the true labels first;
-    None where there is too little to share."""
+    """{'value', 'chance', 'chance_sd'}, over depths, of part / whole [depths, 1 + draws], the true labels first; nan
+    where there is too little to share."""
     share = torch.where(whole > least, part / whole, torch.nan)
     draws = share[:, 1:]
     mean = draws.mean(1)
     sd = draws.std(1) if draws.size(1) > 1 else mean * torch.nan            # one draw has no spread
-    return {'value': numbers(share[:, 0]), 'chance': numbers(mean), 'chance_sd': numbers(sd)}
+    value = share[:, 0]
+    return {'value': value, 'chance': mean, 'chance_sd': sd}
 
 @torch.no_grad()
 def own_topic_shares(model, tokens, topics, n_topics, draws, seed):
@@ -173,28 +169,24 @@ def own_topic_shares(model, tokens, topics, n_topics, draws, seed):
         sums += row_sums(model, tokens[row], labels[:, row].T, n_topics).cpu()
     whole, topic, token = sums.unbind(1)
     least = 0.01 * whole[0]                                 # whole[0]: the positions that count
-    return {
+    return runs.plain({
         'depths': depths,
         'projection': with_chance(topic, whole, least),
-        'projection_others': with_chance(topic - token, whole - token, least)}
+        'projection_others': with_chance(topic - token, whole - token, least)})
 
 # -----------------------------------------------------------------------------
 
 def main(cfg):
-    """Takes a run apart, prints the shares and puts them into its row.json where there is one; returns them."""
+    """Takes a run apart, prints the shares and returns them; analyze.py has them in the row of the run."""
     at_least(cfg, lens_rows=2, lens_draws=1)
     if not cfg.run:
         raise SystemExit('tensor_lens.py: --run=FOLDER, the trained run to take apart')
     c, model, data, device = open_finished(cfg.run, cfg.device)
-    tokens = torch.tensor(data.val[:cfg.lens_rows], dtype=torch.long, device=device)
-    topics = torch.tensor(data.val_topics[:cfg.lens_rows, :-1], dtype=torch.long, device=device)
+    n = cfg.lens_rows
+    tokens = torch.tensor(data.val[:n].astype(int), device=device)
+    topics = torch.tensor(data.val_topics[:n, :-1].astype(int), device=device)
     lens = own_topic_shares(model, tokens, topics, c['n_topics'], cfg.lens_draws, c['seed'])
 
-    row = runs.read_row(cfg.run)
-    if row:
-        row['lens'] = lens
-        row['settings'] |= {'lens_rows': cfg.lens_rows, 'lens_draws': cfg.lens_draws}
-        runs.write_json(f'{cfg.run}/row.json', row)
     print(f'{cfg.run}: the share of the own topic at', ', '.join(lens['depths']))
     for name in ('projection', 'projection_others'):
         for key in ('value', 'chance'):

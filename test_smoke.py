@@ -13,8 +13,8 @@ import report
 import run_experiment
 import runs
 import shards
-from analyze import curve, orderedness
 from configurator import SCRIPTS, block, configure
+from runs import curve, orderedness
 from test_train import HERE, TINY, dataset, run                            # noqa: F401 (dataset is a fixture)
 
 EXPERIMENT = """
@@ -133,13 +133,40 @@ def test_experiment_goes_on_where_it_stopped(workspace):
     other = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--max_iters=13', cwd=here)
     refuses(other, 'holds a run with other settings (max_iters = 12, here 13)')
     assert untimed(rows_of(f'{here}/out/tiny')) == before
-    left = run('run_experiment.py', 'tiny.py', '--seeds=0', '--publish=True', cwd=here)
-    assert left.returncode == 1 and 'seed 1, which is not in this plan' in left.stderr
+    refuses(run('run_experiment.py', 'tiny.py', '--seeds=0', '--publish=True', cwd=here), 'seed 1, which is not in')
+    fewer = run('run_experiment.py', 'tiny.py', '--seeds=0', cwd=here)         # the plan alone is reported
+    assert fewer.returncode == 0 and len(rows_of(f'{here}/out/tiny')) == 25, fewer.stderr
     shutil.rmtree(f'{here}/out/tiny/mha_shuffled_drope/seed0')
     shutil.rmtree(f'{here}/results')
     again = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--jobs=2', cwd=here)
     assert again.returncode == 0, again.stderr
     assert untimed(rows_of(f'{here}/out/tiny')) == before                      # the same seed, the same run
+
+def test_published_rows_do_not_hide_another_run(workspace):
+    """A run with other settings stops the command, though a row with these is published; `main` is the folder's."""
+    here, _ = workspace
+    assert run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--publish=True', cwd=here).returncode == 0
+    os.rename(f'{here}/out/tiny', f'{here}/out/aside')
+    args, name = ('tiny.py', '--arms=mha_shuffled', '--seeds=0'), 'tiny/mha_shuffled_rope/seed0'
+    config = runs.read_config(f'{here}/out/aside/mha_shuffled_rope/seed0')
+    runs.write_json(f'{here}/out/{name}/config.json', config | {'max_iters': 4})
+    refuses(run('run_experiment.py', *args, cwd=here), 'max_iters = 4, here 12')
+    shutil.rmtree(f'{here}/out/tiny')
+    done = run('run_experiment.py', *args, '--recal_iters=2,0.5', cwd=here)
+    assert done.returncode == 0 and 'to do: 0 of 1' in done.stdout, done.stderr
+    main = {key[2]: row['main'] for key, row in rows_of(f'{here}/out/tiny').items() if key[0].endswith('drope')}
+    assert main == {2: True, 6: False}
+    shutil.rmtree(f'{here}/out/tiny')
+    os.rename(f'{here}/out/aside', f'{here}/out/tiny')
+
+def test_large_results_are_deflated(tmp_path):
+    """runs.jsonl or runs.jsonl.gz, whichever fits, and never both."""
+    out, place = str(tmp_path / 'out'), str(tmp_path / 'results')
+    header = json.dumps({'experiment': 'made', 'config': {}}) + '\n'
+    for n in (1, 2000, 1):
+        runs.write_text(f'{out}/runs.jsonl', header + n * (json.dumps({'config': {}, 'text': 'x' * 1000}) + '\n'))
+        runs.publish_file(out, place, 'runs.jsonl')
+        assert len(os.listdir(place)) == 1 and len(runs.read_rows(place)[1]) == n
 
 def test_stale_rows(workspace):
     """A row of an older version of the measures is made again where its checkpoint is, and kept where it is gone."""
@@ -183,7 +210,7 @@ def test_unmasked_columns(workspace):
 def test_names_and_columns():
     """A name is taken apart into settings, and made again from the columns of a run with those."""
     for arm in ('mha_shuffled', 'gqa_topic_ordered', 'mha_topic_c4_cd20', 'mha_pseudo_c16', 'mha_shuffled_pure',
-                'mha_reverse_c2_cd5_pure', 'gqa_shuffled_nope'):
+                'mha_easy_first_c2_cd5_pure', 'gqa_shuffled_nope'):
         settings = runs.arm_settings(arm, 8)
         config = settings | {'n_head': 8, 'seed': 3, 'recal_steps': None, 'max_segments': 1 if settings['pure'] else 5}
         name = arm if arm.endswith('nope') else arm + '_rope'
@@ -302,6 +329,11 @@ def test_bad_flags(args, words, dataset):
     (['--arms=3'], ('arms = 3', 'str')),
     (['--seeds=a'], ('seeds', 'int')),
     (['--recal_iters=0'], ('recal_iters',)),
+    (['--primary=qk_rank,topic_ordered,drope'], ('qk_rank', 'score_p')),
+    (['--base=shufled'], ('shufled', 'shuffled')),
+    (['--arms=mha_shuffled_c4'], ('mha_shuffled_c4', 'mha_shuffled')),
+    (['--data_script=nothing.py'], ('nothing.py',)),
+    (['--data_script=report.py'], ('report.py', 'makes no data')),
     (['--null_draws=0'], ('null_draws = 0',))))
 def test_bad_experiments(args, words):
     refuses(run('run_experiment.py', *args), *words)

@@ -10,4 +10,4 @@ arms = ('mha_shuffled', 'mha_shuffled_pure', 'mha_topic_ordered_pure',
         'mha_topic_c64', 'mha_topic_c64_cd5', 'mha_topic_c64_cd20')
 seeds = (0, 1, 2)
 recal_iters = 0.3
-eval_interval = 100         # a topic is away for 250 steps and more: see it being forgotten
+eval_interval = 100         # a topic is away for 250 steps and more: see it go and come back
