@@ -23,7 +23,7 @@ def made_up(order, positions, seed, recal_steps=None, main=True):
         'pure': False, 'positions': positions, 'seed': seed, 'recal_steps': recal_steps, 'main': main,
         'measures_version': 1, 'val_loss': 3.2 - (recal_steps or 0) / 100 + 0.01 * seed, 'excess': None,
         'references': {'uniform': 4.0, 'bigram': 3.5, 'filter': None, 'oracle': None}, 'device': 'cpu', 'versions': {},
-        'mean': {'score_p': 0.2 + seed, 'within': None}, 'heads': {'score_p': p, 'qk_rank': ranks, 'ov_rank': ranks},
+        'mean': {'score_p': seed + len(order), 'within': None}, 'heads': {'score_p': p, 'qk_rank': ranks, 'ov_rank': ranks},
         'probe': {'accuracy': [0.2, 0.4, 0.9], 'references': {'token': 0.3, 'ceiling': None, 'untrained': [0.2] * 3},
                   'by_distance': {'distance': [0, 1, 2, 4], 'accuracy': [0.2, 0.3, 0.5, 0.8], 'ceiling': None}},
         'init_rank': {'qk_rank': [5.0, 5.0], 'ov_rank': None}, 'lens': {'projection': lens, 'projection_others': lens},
@@ -52,3 +52,18 @@ def test_every_figure_is_drawn(tmp_path):
 def test_one_seed_has_no_interval(tmp_path):
     assert len(drawn(tmp_path, seeds=(3,))) == len(plot.FIGURES)
     assert 'n = 1' in plot.load(str(tmp_path)).note
+
+def test_figures_show_the_rows(tmp_path):
+    """P of each head is the mean over seeds at its place, the order begins at step 0, effects are those of report.py."""
+    drawn(tmp_path, seeds=(0, 1))
+    exp = plot.load(str(tmp_path))
+    panels = [ax for ax in plot.plot_heads(exp).axes if ax.get_title().startswith('mha_reverse_drope')]
+    assert np.ma.allclose(panels[0].images[0].get_array()[:, 2], [0.3, 0.4]) and len(panels) == 1
+    areas = plot.plot_order(exp).axes[0].collections
+    edges = np.concatenate([area.get_paths()[0].vertices[:, 0] for area in areas])
+    assert len(areas) == 9 and (edges.min(), edges.max()) == (0, 20)
+    panels = plot.plot_effects(exp).axes
+    panel = next(ax for ax in panels if ax.get_title() == 'P')
+    at = [label.get_text() for label in panels[0].get_yticklabels()].index('mha_reverse - mha_shuffled, alibi')
+    marks = [line.get_xydata()[0] for line in panel.lines if len(line.get_xdata()) == 1]
+    assert any((x, y) == (len('reverse') - len('shuffled'), at) for x, y in marks)
