@@ -63,38 +63,25 @@ def read_json(path, advice='delete it and run its stage again'):
     except (OSError, ValueError) as e:
         raise SystemExit(f'{path}: cannot be read as JSON ({e}); {advice}') from None
 
-def running(pid):
-    """Whether a process with this number runs on this machine."""
-    try:
-        os.kill(int(pid), 0)                                # signal 0 only asks
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
 @contextlib.contextmanager
 def new_folder(folder):
     """
-    Fill a folder, all or nothing: yields the name of a temporary sibling, which is renamed at the end. Stops
-    with one line if the folder exists or cannot be written.
+    Fill a folder, all or nothing: yields the name of a temporary sibling, which is renamed at the end; a kill leaves
+    NAME.tmp-<pid> for you to delete. Stops with one line if the folder exists or cannot be written.
     """
     folder = os.path.abspath(folder)
     if os.path.lexists(folder):
         raise SystemExit(f'{folder}: is there already; delete it first, or write to another folder')
     temporary = f'{folder}.tmp-{os.getpid()}'
     try:
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
-        for stale in glob.glob(f'{glob.escape(folder)}.tmp-*'):      # what killed runs left behind
-            if stale == temporary or not running(stale.rpartition('-')[2]):
-                shutil.rmtree(stale)
-        os.mkdir(temporary)
-        yield temporary
-        os.rename(temporary, folder)
+        os.makedirs(temporary)                              # nobody else's
+        try:
+            yield temporary
+            os.rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)    # after the rename there is none
     except OSError as e:
         raise SystemExit(f'{folder}: cannot be written ({e.strerror}); make room or choose another') from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)        # after the rename there is none
 
 def show(x, form):
     """A number as text, or a dash where it is undefined."""

@@ -287,7 +287,7 @@ def test_unwritable(tmp_path):
     refused('is no dataset', build, tmp_path)
 
 def test_kill_leaves_no_dataset(tmp_path):
-    """A process that dies while it writes: its temporary folder is no dataset, and the next run clears it away."""
+    """A process that dies while it writes: its temporary folder is no dataset, and in nobody's way."""
     code = ('import os, signal, sys, test_data as t, shards\n'
             'shards.read = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n'  # all is written but the rename
             'shards.write(sys.argv[1], t.OWN, t.META)')
@@ -295,9 +295,11 @@ def test_kill_leaves_no_dataset(tmp_path):
     died = subprocess.run([sys.executable, '-c', code, tmp_path / 'x'], cwd=here)
     left = os.listdir(tmp_path)
     assert died.returncode == -9 and len(left) == 1 and left[0].startswith('x.tmp-')
-    os.mkdir(tmp_path / f'x.tmp-{os.getppid()}')            # a run that is still alive is left alone
+    (tmp_path / f'x.tmp-{os.getpid()}').mkdir()
+    refused('cannot be written', shards.write, tmp_path / 'x', OWN, META)      # not ours: neither used nor deleted
+    (tmp_path / f'x.tmp-{os.getpid()}').rmdir()
     shards.write(tmp_path / 'x', OWN, META)
-    assert sorted(os.listdir(tmp_path)) == ['x', f'x.tmp-{os.getppid()}'] and shards.read(tmp_path / 'x')
+    assert sorted(os.listdir(tmp_path)) == ['x', left[0]] and shards.read(tmp_path / 'x')
 
 @pytest.mark.parametrize('flags, line', (
     ('--chain=bigram', "chain = 'bigram': choose range or group"), ('--val_rows=0', 'val_rows = 0'),
