@@ -54,7 +54,7 @@ def test_one_seed_has_no_interval(tmp_path):
     assert 'n = 1' in plot.load(str(tmp_path)).note
 
 def test_figures_show_the_rows(tmp_path):
-    """P of each head is the mean over seeds at its place, the order begins at step 0, effects are those of report.py."""
+    """P of a head is the mean over seeds at its place, the order begins at step 0, effects are report.py's."""
     drawn(tmp_path, seeds=(0, 1))
     exp = plot.load(str(tmp_path))
     panels = [ax for ax in plot.plot_heads(exp).axes if ax.get_title().startswith('mha_reverse_drope')]
