@@ -254,7 +254,7 @@ def check(cfg):
                              f'takes arms and seeds (now {cfg.arms} and {cfg.seeds})')
     if cfg.jobs < 1 or min(cfg.seeds) < 0:
         raise SystemExit(f'run_experiment.py: jobs = {cfg.jobs}: at least 1; seeds = {cfg.seeds}: not negative')
-    if cfg.data_script and not {'data_dir'} <= block(cfg.data_script).keys():
+    if cfg.data_script and 'data_dir' not in block(cfg.data_script):
         raise SystemExit(f'data_script = {cfg.data_script}: makes no data; a script with main and parameters')
     tested = [key for key, m in report.MEASURES.items() if m.tested]
     if len(cfg.primary) != 3 or cfg.primary[0] not in tested:
