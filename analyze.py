@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import measures
 import runs
 import tensor_lens
-from configurator import at_least, configure
+from configurator import command
 from machine import memory_errors, progress, versions
 from model import build
 from train import open_finished
@@ -30,11 +30,11 @@ from train import open_finished
 # config
 
 run = ''                    # folder of the run
-analysis_rows = 400         # validation rows, the first ones
-probe_tokens = 50_000       # at most, half to train the probes and half, from other rows, to test them
-null_draws = 1000           # label exchanges behind O's z and p
-lens_rows = 200             # validation rows taken apart by topic, the first ones
-lens_draws = 5              # label exchanges behind the chance level of that
+analysis_rows = 400         # validation rows, the first ones [4, 2**31)
+probe_tokens = 50_000       # at most, half to train the probes and half, from other rows, to test them [100, 2**31)
+null_draws = 1000           # label exchanges behind O's z and p [1, 2**31)
+lens_rows = 200             # validation rows taken apart by topic, the first ones [2, 2**31)
+lens_draws = 5              # label exchanges behind the chance level of that [1, 2**31)
 causal = True               # false: the log's unmasked columns instead
 device = ''                 # as in train.py
 
@@ -223,16 +223,10 @@ def probe_table(c, rows, states, untrained, embedded, posterior):
 
 # -----------------------------------------------------------------------------
 
-def check(cfg):
-    """Stops with one line at the first setting that can't work."""
-    at_least(cfg, analysis_rows=4, probe_tokens=100, null_draws=1)
-    at_least(cfg, lens_rows=2, lens_draws=1)
-
 def main(cfg):
-    check(cfg)
     if not cfg.run:
         raise SystemExit('analyze.py: --run=FOLDER, the trained run to analyse')
-    with memory_errors('analyse on a device with more of it, such as --device=cpu'):
+    with memory_errors('analyse on a device with more of it, such as --device=cpu'), runs.locked(cfg.run):
         analyse(cfg)
 
 def analyse(cfg):
@@ -301,4 +295,4 @@ def analyse(cfg):
           f'{seconds["analysis"]:.0f} s')
 
 if __name__ == '__main__':
-    main(configure(__file__))
+    command(main, __file__)

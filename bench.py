@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from configurator import SCRIPTS, at_least, configure
+from configurator import SCRIPTS, command
 from machine import machine, memory_errors, versions
 from model import build
 from runs import write_json
@@ -23,7 +23,7 @@ from train import check, compiled, lr_scale, micro_batch, optimizers, resolve, s
 # -----------------------------------------------------------------------------
 # config
 
-bench_steps = 60            # timed steps, after warm-up
+bench_steps = 60            # timed steps, after warm-up [10, 2**31)
 
 # -----------------------------------------------------------------------------
 
@@ -90,7 +90,6 @@ def matmul_rate(device, dtype):
 
 def main(cfg):
     check(cfg)
-    at_least(cfg, bench_steps=10)                           # for a median with a spread
     n = cfg.bench_steps
     device, dtype, compile = machine(cfg.device, cfg.dtype, cfg.compile)
     c = resolve(cfg, {'vocab_size': cfg.vocab_size, 'block_size': cfg.block_size})
@@ -129,4 +128,4 @@ def main(cfg):
     write_json(f'out/bench/{name}.json', result)
 
 if __name__ == '__main__':
-    main(configure(__file__, stages=SCRIPTS))
+    command(main, __file__, stages=SCRIPTS)

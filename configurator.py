@@ -5,11 +5,14 @@ Each script begins with a config block: top-level assignments, before the first 
     python train.py config/mha_topic.py --max_iters=100
 reads the block, runs the config file in a scratch namespace, and applies the flags: files before flags,
 whatever their order on the line. A file may hold keys of any script (one file describes an experiment);
-a flag must belong to this script. Unknown keys and wrong types stop with one line. `-h` prints the block.
+a flag must belong to this script. A comment that ends with an interval, [1, inf), says what a number may be.
+Unknown keys, wrong types and numbers out of range stop with one line. `-h` prints the block.
 """
 import ast
+import contextlib
 import difflib
 import functools
+import math
 import os
 import re
 import sys
@@ -23,20 +26,26 @@ SCRIPTS = ('prepare_wiki.py', 'data_synth.py', 'train.py', 'drope.py', 'analyze.
 # -----------------------------------------------------------------------------
 # the config block of a script
 
+class Setting(typing.NamedTuple):
+    default: object
+    kind: type              # that a value must have
+    range: str              # of a number: '[0, 1)'; '' is any
+
 def source(path):
-    """The text of a script beside this one, or of any file."""
+    """The text of a script beside this one, or of any file, with or without a byte order mark."""
     try:
-        with open(os.path.join(_here, path), encoding='utf-8') as f:
+        with open(os.path.join(_here, path), encoding='utf-8-sig') as f:
             return f.read()
     except FileNotFoundError:
         raise SystemExit(f'{path}: no such file; a config is a Python file such as config/run1.py') from None
 
 @functools.cache
 def block(script):
-    """{key: (default, type)} of a script, read from its source without importing it. The type of a default
+    """{key: Setting} of a script, read from its source without importing it. The type of a default
     is the type a value must have; a key that may also be None is annotated: `n_kv_head: int = None`."""
     keys = {}
     scratch = {}
+    lines = source(script).splitlines()
     for node in ast.parse(source(script)).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
@@ -52,7 +61,8 @@ def block(script):
             kind = tuple[type(value[0])]                    # all of a tuple's elements are of the first one's type
         if annotation:
             kind = typing.Optional[eval(annotation, scratch)]
-        keys[key] = (value, kind)
+        interval = re.search(r'#.*([\[(][^,]+, [^,]+[\])])$', lines[node.lineno - 1])
+        keys[key] = Setting(value, kind, interval[1] if interval else '')
     return keys
 
 def blocks(scripts):
@@ -62,26 +72,36 @@ def blocks(scripts):
         keys.update(block(script))
     return keys
 
-def check(key, value, kind, where):
-    """The value as `kind`, or one line that says what is wrong with it."""
+def within(x, interval):
+    """Whether a number lies in an interval, '[0, 2**63)'; nan lies in none."""
+    low, high = (eval(end, {'inf': math.inf}) for end in interval[1:-1].split(', '))
+    above = x >= low if interval[0] == '[' else x > low
+    below = x <= high if interval[-1] == ']' else x < high
+    return above and below
+
+def check(key, value, setting, where):
+    """The value as the setting wants it, or one line that says what is wrong with it; ~ is the home folder."""
+    kind = setting.kind
     optional = typing.get_origin(kind) is typing.Union
     base = typing.get_args(kind)[0] if optional else kind
     if value is None and optional:
         return None
-    if base is float and type(value) is int:
-        return float(value)
     if typing.get_origin(base) is tuple:                    # a scalar is a tuple of one; names may be 'a,b'
         if isinstance(value, str):
             value = value.split(',')
         values = value if isinstance(value, (tuple, list)) else (value,)
         if not values:
             raise SystemExit(f'{where}: {key} is empty; expected at least one value')
-        element, = typing.get_args(base)
+        element = setting._replace(kind=typing.get_args(base)[0])
         return tuple(check(key, v, element, where) for v in values)
+    if base is float and type(value) is int:
+        value = float(value)
     if type(value) is not base:
         raise SystemExit(f'{where}: {key} = {value!r} is a {type(value).__name__}; '
                          f'expected {base.__name__}{" or none" if optional else ""}')
-    return value
+    if setting.range and not within(value, setting.range):
+        raise SystemExit(f'{where}: {key} = {value!r} is not in {setting.range}')
+    return os.path.expanduser(value) if base is str else value
 
 def unknown(key, known, where):
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -108,8 +128,7 @@ def read_file(path):
             continue                                        # what a config imports or defines to derive its values
         if key not in known:
             unknown(key, known, path)
-        _, kind = known[key]
-        keys[key] = check(key, value, kind, path)
+        keys[key] = check(key, value, known[key], path)
     return keys
 
 def parse(text):
@@ -138,7 +157,7 @@ def configure(script, argv=None, positional=False, stages=()):
 
     files = [arg for arg in argv if arg.endswith('.py') and not arg.startswith('--')]
     flags = [arg for arg in argv if arg.startswith('--')]
-    paths = [arg for arg in argv if arg not in files + flags]
+    paths = [os.path.expanduser(arg) for arg in argv if arg not in files + flags]
     if paths and not positional:
         raise SystemExit(f'{name}: {paths[0]!r} is neither a config file (.py) nor a --key=value flag')
 
@@ -150,30 +169,60 @@ def configure(script, argv=None, positional=False, stages=()):
         where = f'{name} {flag}'
         if key not in keys:
             unknown(key, keys, where)
-        _, kind = keys[key]
+        kind = keys[key].kind
         if not eq:
             raise SystemExit(f'{where}: write {flag}=value')
         value = parse(text)
         if kind is str or (kind == typing.Optional[str] and value is not None):
             value = text                                    # --run=123 names a folder, not a number
-        overrides[key] = check(key, value, kind, where)
+        overrides[key] = check(key, value, keys[key], where)
     # a file may have set keys of other scripts too
-    values = {key: overrides.get(key, default) for key, (default, _) in keys.items()}
+    values = {key: overrides.get(key, setting.default) for key, setting in keys.items()}
     return types.SimpleNamespace(**values, overrides=overrides, paths=paths, files=files)
 
-def at_least(cfg, **least):
-    """Stops with one line at the first of these settings that is below its least value; None is none."""
-    for key, lowest in least.items():
-        value = getattr(cfg, key)
-        if value is not None and value < lowest:
-            raise SystemExit(f'{key} = {value}: must be at least {lowest}')
-
 def print_block(keys, scripts):
-    """What may be set, with the comment in the first of the scripts that has it. keys: {key: (default, type)}."""
+    """What may be set, with the comment in the first of the scripts that has it. keys: {key: Setting}."""
     left = dict(keys)
     for script in scripts:
         for line in source(script).splitlines():
             setting = re.match(r'(\w+)(?:: \w+)? = .*?(#.*)?$', line)
             if setting and setting[1] in left:
-                value, _ = left.pop(setting[1])
-                print(f'--{setting[1]}={value!r}'.ljust(39), setting[2] or '')
+                default = left.pop(setting[1]).default
+                print(f'--{setting[1]}={default!r}'.ljust(39), setting[2] or '')
+
+# -----------------------------------------------------------------------------
+# a script as a person types it
+
+class Patient:
+    """A stream to print to that stops nothing: not where its reader has left (| head), nor where its disk is full,
+    nor where it is closed or cannot show a character."""
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, 'w')
+        self.stream.reconfigure(errors='replace')
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+def be_patient():
+    """What this process prints stops nothing."""
+    sys.stdout = Patient(sys.stdout)
+    sys.stderr = Patient(sys.stderr)
+
+def command(main, script, **options):
+    """Run main with the config of the command line; whatever the environment does is told in one line."""
+    be_patient()
+    name = os.path.basename(script)
+    try:
+        main(configure(script, **options))
+    except OSError as e:
+        raise SystemExit(f'{name}: {e.filename or "a file"}: {e.strerror or e}') from None
+    except KeyboardInterrupt:
+        raise SystemExit(f'{name}: stopped; the same command goes on') from None

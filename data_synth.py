@@ -16,28 +16,29 @@ import torch
 from scipy.special import binom, gammaln, xlogy
 
 import shards
-from configurator import at_least, block, configure
+from configurator import block, command
 from machine import machine, progress
+from runs import locked
 
 # -----------------------------------------------------------------------------
 # config
 
 data_dir = 'data/run1'      # the dataset goes to <data_dir>/seed<seed>
 chain = 'range'             # range: the log's Run 1, a topic favours its own tokens; group: transitions alone differ
-n_topics = 5                # chains
-vocab_size = 4096           # tokens; range never emits 0, 1 and 2 (PAD, BOS, EOS)
-block_size = 512            # predicted tokens in a row; a row on disk has one more
-seed = 0                    # of the chains and of every row
-train_rows = 100_000        # training rows
-val_rows = 10_000           # validation rows, always of 2-5 segments
-min_segments = 2            # segments in a training row, uniform from this ...
-max_segments = 5            # ... to this; 1 and 1 = pure windows
-min_segment_len = 64        # tokens in every segment, at least
+n_topics = 5                # chains [1, 255]
+vocab_size = 4096           # tokens; range never emits 0, 1 and 2 (PAD, BOS, EOS) [1, 65535]
+block_size = 512            # predicted tokens in a row; a row on disk has one more [1, 2**31)
+seed = 0                    # of the chains and of every row [0, 2**63)
+train_rows = 100_000        # training rows [1, 2**31)
+val_rows = 10_000           # validation rows, always of 2-5 segments [1, 2**31)
+min_segments = 2            # segments in a training row, uniform from this ... [1, 2**31)
+max_segments = 5            # ... to this; 1 and 1 = pure windows [1, 2**31)
+min_segment_len = 64        # tokens in every segment, at least [1, 2**31)
 repeats = True              # may consecutive segments share a topic
-eval_rows = 2000            # the first validation rows, on which the reference losses are taken
-concentration = 5.0         # range: factor on the entries in a topic's own range
-beta = 1.5                  # group: standard deviation of the log weights; 0 = no structure
-n_groups = 32               # group: equal groups that the tokens are cut into
+eval_rows = 2000            # the first validation rows, on which the reference losses are taken [1, 2**31)
+concentration = 5.0         # range: factor on the entries in a topic's own range (0, 1e6)
+beta = 1.5                  # group: standard deviation of the log weights; 0 = no structure [0, 5]
+n_groups = 32               # group: equal groups that the tokens are cut into [1, 2**31)
 device = ''                 # cpu, cuda, cuda:1; '' = cuda where there is one
 
 # -----------------------------------------------------------------------------
@@ -318,11 +319,10 @@ def observe(cfg, tokens, topics, tables):
 def check(cfg):
     """Stops with one line at the first setting that cannot work."""
     V, T, row = cfg.vocab_size, cfg.n_topics, cfg.block_size + 1
-    at_least(cfg, vocab_size=1, block_size=1, train_rows=1, val_rows=1, eval_rows=1, n_groups=1, seed=0,
-             min_segments=1, max_segments=cfg.min_segments, min_segment_len=1,
-             n_topics=1 if cfg.repeats else 2)              # without repeats there is another topic to turn to
-    if V > 65535 or T > 255:
-        raise SystemExit(f'vocab_size = {V}, n_topics = {T}: at most 65535 and 255, what uint16 and uint8 hold')
+    if cfg.max_segments < cfg.min_segments:
+        raise SystemExit(f'max_segments = {cfg.max_segments}: must be at least min_segments = {cfg.min_segments}')
+    if T == 1 and not cfg.repeats:
+        raise SystemExit('n_topics = 1: without repeats there must be another topic to turn to')
     segments = max(cfg.max_segments, VAL_SEGMENTS[1])
     if segments * cfg.min_segment_len > row:
         raise SystemExit(f'{segments} segments of min_segment_len = {cfg.min_segment_len} do not fit in a row of '
@@ -333,8 +333,6 @@ def check(cfg):
         raise SystemExit(f'vocab_size = {V}: {T} ranges and the special tokens need {N_SPECIAL + 2 * T}')
     if cfg.chain == 'group' and V % cfg.n_groups:
         raise SystemExit(f'n_groups = {cfg.n_groups} does not cut vocab_size = {V} into equal groups')
-    if not (0 < cfg.concentration < 1e6 and 0 <= cfg.beta <= 5):
-        raise SystemExit(f'concentration = {cfg.concentration}, beta = {cfg.beta}: choose 0 to 1e6, and 0 to 5')
     if os.path.exists(os.path.join(cfg.data_dir, 'meta.json')):
         raise SystemExit(f'{cfg.data_dir}: is a dataset itself; use it with --data_script= (empty)')
 
@@ -350,10 +348,16 @@ def main(cfg):
     check(cfg)
     device, _, _ = machine(cfg.device)
     folder = os.path.join(cfg.data_dir, f'seed{cfg.seed}')
+    with locked(folder):
+        make(cfg, folder, device)
+    return folder
+
+def make(cfg, folder, device):
+    """The dataset of a seed, unless it is there."""
     meta = parameters(cfg)
     if shards.is_there(folder, meta):
         print(f'{folder} is there, with these parameters')
-        return folder
+        return
 
     table_stream, train_stream, val_stream = np.random.SeedSequence(cfg.seed).spawn(3)
     tables, sums, row_of = (torch.from_numpy(a).to(device) for a in make_tables(cfg, table_stream))
@@ -373,8 +377,7 @@ def main(cfg):
     shards.write(folder, arrays, meta)
     print(f'{folder}: {cfg.train_rows:,} training and {cfg.val_rows:,} validation rows of {cfg.block_size + 1} tokens')
     print('  nats a token: ' + ', '.join(f'{key} {loss:.4f}' for key, loss in references.items()))
-    return folder
 
 
 if __name__ == '__main__':
-    main(configure(__file__))
+    command(main, __file__)

@@ -12,22 +12,22 @@ beside the parent, further ones to recal_<steps>/ inside it; each is a schedule 
 import os
 
 import shards
-from configurator import block, configure
+from configurator import block, command
 from machine import machine, memory_errors
 from model import build, load, load_weights
 from runs import read_config, recal_folder
-from train import RAISE_GRAD_ACCUM, data_folder, fit, read_data
+from train import RAISE_GRAD_ACCUM, alone, data_folder, fit, read_data
 
 # -----------------------------------------------------------------------------
 # config
 
 run = ''                    # folder of the trained run
 recal_data_dir = ''         # dataset to recalibrate on; '' = the parent's
-recal_iters = (0.01,)       # lengths: below 1 a fraction of the parent's steps, else steps; the first is the main one,
-                            # 0 drops RoPE and trains no further
+recal_iters = (0.01,)       # lengths: a fraction of the parent's steps, or from 1 on whole steps [0, 2**31)
+                            # the first is the main one; 0 drops RoPE and trains no further
 keep_rope = False           # true: the RoPE-kept control
-recal_lr_scale = 1.0        # the parent's learning rates times this
-grad_accum = 1              # as in train.py
+recal_lr_scale = 1.0        # the parent's learning rates times this [0, inf)
+grad_accum = 1              # as in train.py [1, 2**31)
 device = ''                 # as in train.py
 dtype = ''                  # as in train.py
 compile: bool = None        # as in train.py
@@ -36,9 +36,16 @@ compile: bool = None        # as in train.py
 
 RECAL_STREAM = 1            # of row_order: other draws than training's, the same in every arm
 
-def recal_steps(length, parent_steps):
-    """Steps of a recalibration length: at least 1, unless it is 0."""
-    return max(1, round(length * parent_steps)) if 0 < length < 1 else int(length)
+def recal_steps(lengths, parent_steps):
+    """{length: steps} of recalibration, at least 1 unless the length is 0. Stops with one line at impossible ones."""
+    steps = {}
+    for length in lengths:
+        if length >= 1 and length % 1:
+            raise SystemExit(f'recal_iters = {length}: a fraction below 1, or whole steps')
+        steps[length] = max(1, round(length * parent_steps)) if 0 < length < 1 else int(length)
+    if lengths[0] == 0 or len(set(steps.values())) < len(lengths):
+        raise SystemExit(f'recal_iters = {lengths}: the first is above 0, and of {parent_steps} steps all differ')
+    return steps
 
 def recal_config(parent_config, parent, steps, keep_rope, lr_scale, data_dir, meta):
     """The parent's config with what recalibration changes; data_dir, meta: of the rows it reads."""
@@ -71,29 +78,23 @@ def recalibrate(cfg, length):
         raise SystemExit(f'{cfg.run}: not a run trained with RoPE, so there is none to drop')
     data_dir = cfg.recal_data_dir or parent['data_dir']
     data = shards.read(data_folder(data_dir, parent['seed'])) if cfg.recal_data_dir else read_data(parent, cfg.run)
-    steps = recal_steps(length, parent['max_iters'])
+    steps = recal_steps(cfg.recal_iters, parent['max_iters'])[length]
     c = recal_config(parent, cfg.run, steps, cfg.keep_rope, cfg.recal_lr_scale, data_dir, data.meta)
     c['grad_accum'] = cfg.grad_accum
     folder = recal_folder(cfg.run, cfg.keep_rope, None if length == cfg.recal_iters[0] else steps)
     where = machine(cfg.device, cfg.dtype, cfg.compile)
-    with memory_errors(RAISE_GRAD_ACCUM.format(**c)):
+    with memory_errors(RAISE_GRAD_ACCUM.format(**c)), alone(folder):
         model = build(c)
         if not os.path.exists(os.path.join(folder, 'ckpt.pt')):              # else fit resumes from that one
             load_weights(model, load(cfg.run).state_dict(), cfg.run)
         fit(model.to(where[0]), c, data, folder, where, RECAL_STREAM)
     return folder
 
-def check(cfg):
-    """Stops with one line at the first setting that can't work."""
-    if min(cfg.recal_iters) < 0 or cfg.recal_iters[0] == 0:
-        raise SystemExit(f'recal_iters = {cfg.recal_iters}: lengths as 0.01 or 100 or 0.01,0.1,0; the first above 0')
-
 def main(cfg):
-    check(cfg)
     if not cfg.run:
         raise SystemExit('drope.py: --run=FOLDER, the trained run to drop RoPE from')
     lengths = [length for length in cfg.recal_iters if length or not cfg.keep_rope]     # kept at 0 is the parent
     return [recalibrate(cfg, length) for length in lengths]
 
 if __name__ == '__main__':
-    main(configure(__file__))
+    command(main, __file__)

@@ -13,7 +13,7 @@ import shutil
 
 from safetensors.torch import save
 
-from configurator import configure
+from configurator import command
 from model import load
 from runs import columns, new_folder, read_config, read_json, write_bytes, write_json
 from train import data_folder, read_data
@@ -110,4 +110,4 @@ def main(cfg):
     return cfg.out_dir
 
 if __name__ == '__main__':
-    main(configure(__file__))
+    command(main, __file__)

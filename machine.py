@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 
+import joblib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -26,7 +27,11 @@ def machine(device, dtype='', compile=None):
     if cuda:
         torch.cuda.set_device(device)
     if 'RANK' in os.environ and not dist.is_initialized():  # started by torchrun
-        dist.init_process_group('nccl' if cuda else 'gloo', device_id=device if cuda else None)
+        try:
+            dist.init_process_group('nccl' if cuda else 'gloo', device_id=device if cuda else None)
+        except (ValueError, RuntimeError) as e:
+            reason = str(e).splitlines()[0]
+            raise SystemExit(f'RANK is set, but {reason}; start with torchrun, or unset RANK') from None
         atexit.register(dist.destroy_process_group)
     dtype = dtype or ('bfloat16' if cuda else 'float32')
     if dtype not in ('float32', 'bfloat16'):
@@ -38,6 +43,10 @@ def processes():
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+def threads(jobs=1):
+    """Threads for each of so many processes, on the cores that this one may use."""
+    return max(1, joblib.cpu_count() // jobs)
 
 def versions(device):
     """What a result depends on: {'device', 'versions'}."""

@@ -9,11 +9,15 @@ became of the positions. A new order or kind of positions needs nothing here: it
 of its own.
 """
 import base64
+import contextlib
+import io
 import os
 import textwrap
 import types
 import zlib
 from typing import NamedTuple
+
+os.environ['MPLBACKEND'] = 'Agg'                            # write files, needs no display: set before the import
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,16 +25,15 @@ from PIL import Image
 
 import report
 import runs
-from configurator import configure
+from configurator import command
 
-plt.switch_backend('Agg')                                   # write files; needs no display
 plt.rcParams.update({
     'font.size': 9, 'axes.titlesize': 9, 'xtick.labelsize': 7, 'lines.markersize': 4, 'legend.frameon': False,
     'axes.spines.top': False, 'axes.spines.right': False})
 
 # -----------------------------------------------------------------------------
 # config
-dpi = 110                                                   # dots per inch of every PNG
+dpi = 110                                                   # dots per inch of every PNG [10, 1000]
 # -----------------------------------------------------------------------------
 
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']    # Okabe, Ito; no more fit
@@ -169,7 +172,8 @@ def plot_heads(exp):
         P = over_seeds(mine, 'heads.score_p').mean(0)       # [n_layer, n_head]
         ax = axes[arms.index(mine[0]['arm']), positions.index(mine[0]['positions'])]
         image = ax.imshow(P, cmap='PuOr_r', vmin=-1, vmax=1, aspect='auto')
-        ax.set(title=f'{name} {np.nanmean(P):+.3f}', xlabel='head', ylabel='layer')
+        mean = runs.plain(np.ma.masked_invalid(P).mean())
+        ax.set(title=f'{name} {runs.show(mean, "+.3f")}', xlabel='head', ylabel='layer')
         ax.locator_params(integer=True)
     fig.colorbar(image, ax=axes, label='P (log ratio)')
     return fig
@@ -346,29 +350,34 @@ def plot_matched(exp):
 
 FIGURES = [plot_loss, plot_order, plot_heads, plot_maps, plot_probe, plot_effects, plot_matched, plot_lens]
 
+def png(figure, dpi):
+    """A figure as the bytes of a PNG of 255 colours, a third of what matplotlib would write."""
+    file, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(file, dpi=dpi)
+    plt.close(figure)
+    Image.open(file).convert('RGB').quantize(255, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
+    return small.getvalue()
+
 def main(cfg):
     """Draws every figure of the folder in cfg.paths; returns the paths of the files."""
     if len(cfg.paths) != 1:
         raise SystemExit('plot.py takes an experiment folder: plot.py out/demo')
     exp = load(cfg.paths[0])
-    folder = os.path.join(exp.folder, 'figures')
-    os.makedirs(folder, exist_ok=True)
     paths = []
     for draw in FIGURES:
-        name = draw.__name__.removeprefix('plot_') + '.png'
+        path = os.path.join(exp.folder, 'figures', draw.__name__.removeprefix('plot_') + '.png')
         figure = draw(exp)
         if isinstance(figure, str):
-            print(f'{name} is not drawn: {figure}')
+            print(f'{path} is not drawn: {figure}')
+            with contextlib.suppress(FileNotFoundError):    # of an earlier report
+                os.remove(path)
             continue
         for ax in figure.axes:
             ax.set_visible(ax.has_data())
-        paths.append(os.path.join(folder, name))
-        figure.savefig(paths[-1], dpi=cfg.dpi)
-        plt.close(figure)
-        small = Image.open(paths[-1]).convert('RGB').quantize(255, dither=Image.Dither.NONE)
-        small.save(paths[-1], optimize=True)                # a third of the bytes
+        runs.write_bytes(path, png(figure, cfg.dpi))
+        paths.append(path)
     print('\n'.join(paths))
     return paths
 
 if __name__ == '__main__':
-    main(configure(__file__, positional=True))
+    command(main, __file__, positional=True)

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 import runs
-from configurator import configure
+from configurator import command
 
 # -----------------------------------------------------------------------------
 # the table of measures: what report and figures know of a number in a row
@@ -403,19 +403,22 @@ def summary(header, rows, figures=()):
         *section('Figures', '', [f'![{name}](figures/{name})\n' for name in figures])]
     return '\n'.join(lines) + '\n'
 
-def main(cfg):
-    """Writes summary.md of an experiment folder; returns (header, rows)."""
-    if len(cfg.paths) != 1:
-        raise SystemExit('report.py takes an experiment folder: report.py out/demo')
-    folder = cfg.paths[0]
+def write(folder):
+    """Writes summary.md of an experiment folder; returns its name and the rows."""
     header, rows = runs.open_rows(folder)
     drawn = os.path.join(folder, 'figures')
     figures = sorted(os.listdir(drawn)) if os.path.isdir(drawn) else []
     path = os.path.join(folder, 'summary.md')
     runs.write_text(path, summary(header, rows, figures))
+    return path, rows
+
+def main(cfg):
+    """Writes the report and prints its first table."""
+    if len(cfg.paths) != 1:
+        raise SystemExit('report.py takes an experiment folder: report.py out/demo')
+    path, rows = write(cfg.paths[0])
     print('\n'.join(measures_table(rows, 'main')))
     print(f'report: {path}')
-    return header, rows
 
 if __name__ == '__main__':
-    main(configure(__file__, positional=True))
+    command(main, __file__, positional=True)

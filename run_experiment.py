@@ -16,6 +16,7 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -33,18 +34,19 @@ import report
 import runs
 import shards
 import train
-from configurator import SCRIPTS, block, configure
+from configurator import SCRIPTS, Setting, be_patient, block, command
+from machine import threads
 from model import build
 
 # -----------------------------------------------------------------------------
 # config
 
 arms = ('mha_shuffled', 'mha_topic_ordered')    # runs.ARM_NAMES says what can be put here
-seeds = (0,)                # one seed is one dataset and one initialisation, shared by all arms
+seeds = (0,)                # one seed is one dataset and one initialisation, shared by all arms [0, 2**63)
 base = 'shuffled'           # the order that others are compared with
 placebo = 'pseudo'          # the order that has the schedule of another, without its meaning
 primary = ('score_p', 'topic_ordered', 'drope - kept')     # named beforehand: measure, order - base, positions
-jobs = 1                    # arms trained at a time, in as many processes, spread over the GPUs
+jobs = 1                    # arms trained at a time, in as many processes, spread over the GPUs [1, 2**31)
 data_script = 'data_synth.py'   # makes the data: a script with main and parameters; '' = data_dir is a dataset
 dry_run = False             # print the plan and stop
 publish = False             # copy rows, report and figures to results/<experiment>/
@@ -68,8 +70,8 @@ def data_stage(cfg, pure, seed):
     The dataset of an arm. pure: training rows of one segment each, the same chains and validation rows. There
     is one micro-language a seed; of any other data there is one, and a seed is initialisation and order.
     """
-    keys = block(cfg.data_script) if cfg.data_script else {'data_dir': (cfg.data_dir, str)}
-    at = SimpleNamespace(**{key: cfg.overrides.get(key, default) for key, (default, _) in keys.items()})
+    keys = block(cfg.data_script) if cfg.data_script else {'data_dir': Setting(cfg.data_dir, str, '')}
+    at = SimpleNamespace(**{key: cfg.overrides.get(key, setting.default) for key, setting in keys.items()})
     if cfg.data_script == 'data_synth.py':
         at.seed = seed
     if pure and 'min_segments' not in keys:
@@ -117,10 +119,10 @@ def arm_runs(cfg, arm, seed):
     c = train.resolve(train_stage(cfg, arm, seed), own)
     folder = runs.run_folder(cfg.out_dir, c)
     found = [Run(folder, c, None)]
-    for length, keep in itertools.product(cfg.recal_iters if c['rope'] else (), (False, True)):
+    lengths = drope.recal_steps(cfg.recal_iters, c['max_iters']) if c['rope'] else {}
+    for (length, steps), keep in itertools.product(lengths.items(), (False, True)):
         if keep and not length:
             continue                                        # kept and trained no further is the parent
-        steps = drope.recal_steps(length, c['max_iters'])
         further = None if length == cfg.recal_iters[0] else steps
         config = drope.recal_config(c, folder, steps, keep, cfg.recal_lr_scale, mixed.data_dir, meta)
         found.append(Run(runs.recal_folder(folder, keep, further), config, length))
@@ -161,6 +163,11 @@ def to_do(cfg, run, published):
 def run_arm(cfg, arm, seed):
     """Train an arm of one seed, drop and keep RoPE, analyse each; what is done is skipped."""
     plan = arm_runs(cfg, arm, seed)
+    with runs.locked(os.path.join(plan[0].folder, 'arm')):  # all of it: what is deleted may be another's
+        make_arm(cfg, arm, seed, plan)
+    collect(cfg)
+
+def make_arm(cfg, arm, seed, plan):
     parent = plan[0]
     todo = [run for run in plan if to_do(cfg, run, {})]
     # the parent is trained, again if its checkpoint was deleted, where a run has still to start from it
@@ -176,22 +183,30 @@ def run_arm(cfg, arm, seed):
             changes = {'keep_rope': run.config['keep_rope'], 'recal_data_dir': run.config['data_dir']}
             drope.recalibrate(stage(cfg, 'drope.py', run=parent.folder, **changes), run.length)
         analyze.main(stage(cfg, 'analyze.py', run=run.folder, causal=True))
-    collect(cfg)
 
 def collect(cfg):
     """runs.jsonl of the plan's rows that are there; published at once: another machine will know what is done."""
     compare = {'base': cfg.base, 'placebo': cfg.placebo, 'primary': list(cfg.primary)}
     runs.gather(cfg.out_dir, cfg.folders, compare, place(cfg) if cfg.publish else '')
 
+def begin_worker(n_threads):
+    """A process of the pool, before its first arm."""
+    be_patient()
+    torch.set_num_threads(n_threads)
+
+def stop(*_):
+    """SIGTERM ends the processes of an experiment too."""
+    raise SystemExit('run_experiment.py: ended; the same command goes on')
+
 def run_together(cfg, todo, plan):
     """The arms, cfg.jobs at a time, in as many processes, each of which compiles once for all of its arms."""
     jobs = min(cfg.jobs, len(todo))
-    threads = max(1, os.cpu_count() // jobs)                # beside GPUs too: analyses share the cores
     gpus = torch.cuda.device_count() if cfg.device in ('', 'cuda') else 0
     context = multiprocessing.get_context('spawn')
     mine = [run for pair in todo for run in plan[pair]]
     total = sum(run.config['max_iters'] for run in mine)
-    pool = ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,))
+    pool = ProcessPoolExecutor(jobs, context, begin_worker, (threads(jobs),))         # analyses share the cores
+    signal.signal(signal.SIGTERM, stop)
     waiting = set()
     try:
         for i, pair in enumerate(todo):
@@ -252,8 +267,6 @@ def check(cfg):
         if key in cfg.overrides:
             raise SystemExit(f'run_experiment.py: {key} = {cfg.overrides[key]!r} is not for an experiment, which '
                              f'takes arms and seeds (now {cfg.arms} and {cfg.seeds})')
-    if cfg.jobs < 1 or min(cfg.seeds) < 0:
-        raise SystemExit(f'run_experiment.py: jobs = {cfg.jobs}: at least 1; seeds = {cfg.seeds}: not negative')
     if cfg.data_script and 'data_dir' not in block(cfg.data_script):
         raise SystemExit(f'data_script = {cfg.data_script}: makes no data; a script with main and parameters')
     tested = [key for key, m in report.MEASURES.items() if m.tested]
@@ -264,8 +277,6 @@ def check(cfg):
             raise SystemExit(f'base = {cfg.base}, placebo = {cfg.placebo}: of {", ".join(train.ORDERS)}')
     for arm in cfg.arms:
         train.check(train_stage(cfg, arm, 0))
-    drope.check(cfg)
-    analyze.check(cfg)
 
 def take_published(everything, published):
     """What is published is read like the rest: its rows are put into the folders of their runs."""
@@ -282,16 +293,18 @@ def make_report(cfg, everything):
             shutil.copy(os.path.join(cfg.data_dir, name), cfg.out_dir)
     collect(cfg)
     collect_examples(cfg, everything)
-    shutil.rmtree(os.path.join(cfg.out_dir, 'figures'), ignore_errors=True)     # of an earlier report
+    report.write(cfg.out_dir)                               # the numbers, whatever becomes of the pictures
     plot.main(stage(cfg, 'plot.py', paths=[cfg.out_dir]))
     report.main(SimpleNamespace(paths=[cfg.out_dir]))
 
 def main(cfg):
     cfg.out_dir = os.path.normpath(cfg.out_dir)
+    cfg.arms = tuple(dict.fromkeys(cfg.arms))               # what is named twice is one
+    cfg.seeds = tuple(dict.fromkeys(cfg.seeds))
     check(cfg)
 
     # ---- the plan; the bytes of a dataset that all seeds share are part of it
-    pairs = list(dict.fromkeys(itertools.product(cfg.arms, cfg.seeds)))
+    pairs = list(itertools.product(cfg.arms, cfg.seeds))
     shared_data = cfg.data_script not in ('', 'data_synth.py')
     if shared_data and not cfg.dry_run:
         make_data(cfg, pairs)
@@ -324,8 +337,4 @@ def main(cfg):
         runs.publish(cfg.out_dir, place(cfg))
 
 if __name__ == '__main__':
-    config = configure(__file__, stages=SCRIPTS[:-1])
-    try:
-        main(config)
-    except KeyboardInterrupt:
-        raise SystemExit(f'{config.out_dir}: stopped; the same command goes on') from None
+    command(main, __file__, stages=SCRIPTS[:-1])

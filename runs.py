@@ -16,24 +16,46 @@ import re
 import shutil
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from scipy.stats import entropy
 from sklearn.metrics import mutual_info_score
 
-from configurator import SCRIPTS, block
+from configurator import SCRIPTS, blocks
 
 # -----------------------------------------------------------------------------
 # writing: all or nothing
 
+@contextlib.contextmanager
+def writing(path):
+    """Stops with one line where a file or folder cannot be written: a full disk, no permission."""
+    try:
+        yield
+    except OSError as e:
+        raise SystemExit(f'{path}: cannot be written ({e.strerror}); make room or choose another folder') from None
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keeps a folder in the making to this process: another one is refused in one line, and this one loses nothing."""
+    parent, name = os.path.split(os.path.abspath(folder))
+    with writing(folder):
+        os.makedirs(parent, exist_ok=True)
+        lock = FileLock(os.path.join(parent, f'.{name}.lock'))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise SystemExit(f'{folder}: another process is at work there; wait for it, or choose another') from None
+    try:
+        yield
+    finally:
+        lock.release()
+
 def write_bytes(path, content):
     """Replace a file, atomically."""
-    try:
+    with writing(path):
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         with open(path + '.tmp', 'wb') as f:
             f.write(content)
         os.replace(path + '.tmp', path)
-    except OSError as e:
-        raise SystemExit(f'{path}: cannot be written ({e.strerror}); make room or choose another folder') from None
 
 def write_text(path, text):
     """Replace a text file, atomically; UTF-8."""
@@ -73,15 +95,13 @@ def new_folder(folder):
     if os.path.lexists(folder):
         raise SystemExit(f'{folder}: is there already; delete it first, or write to another folder')
     temporary = f'{folder}.tmp-{os.getpid()}'
-    try:
+    with writing(folder):
         os.makedirs(temporary)                              # nobody else's
         try:
             yield temporary
             os.rename(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)    # after the rename there is none
-    except OSError as e:
-        raise SystemExit(f'{folder}: cannot be written ({e.strerror}); make room or choose another') from None
 
 def show(x, form):
     """A number as text, or a dash where it is undefined."""
@@ -120,7 +140,9 @@ def arm_settings(arm, n_head):
         'cooldown': int(cooldown or 0) / 100,
         'pure': bool(pure)}
     again = arm_name(settings | {'attention': attention})
-    if arm.removesuffix(f'_{positions}') != again:          # two names for one arm would be one folder
+    if positions and positions != 'rope':
+        again = condition(again, positions)
+    if arm != again:                                        # two names for one arm would be one folder
         raise SystemExit(f'arms: {arm!r} is {again!r} by its right name')
     if attention == 'gqa' and n_head % 2:
         raise SystemExit(f'arms: {arm!r} shares each key-value head between two queries, but n_head = {n_head} is '
@@ -187,7 +209,7 @@ NEEDED = {'recal_steps', 'keep_rope', 'data_dir', 'seed', 'n_topics', 'max_iters
 
 def defaults():
     """{key: default} of every script's config block: what a run was made with that is older than a key."""
-    return {key: default for script in SCRIPTS for key, (default, _) in block(script).items()}
+    return {key: setting.default for key, setting in blocks(SCRIPTS).items()}
 
 def differences(config, there):
     """
@@ -207,7 +229,17 @@ def read_config(folder):
         raise SystemExit(f'{folder}: no run here (config.json is missing); train.py makes one')
     if not isinstance(config, dict) or not NEEDED <= config.keys():
         raise SystemExit(f'{path}: not of one of our runs; train.py makes one')
-    return config
+    return config | {'data_dir': find_data(folder, config['data_dir'])}
+
+def find_data(folder, data_dir):
+    """The dataset that a run's config names: as seen from here or else from the nearest folder above the run."""
+    above, found = os.path.abspath(folder), data_dir
+    while not os.path.exists(found):
+        if above == os.path.dirname(above):
+            return data_dir
+        above = os.path.dirname(above)
+        found = os.path.relpath(os.path.join(above, data_dir))
+    return found
 
 def open_run(folder, config):
     """Write config.json into a new run folder, or check that the run already there has the same settings."""
@@ -221,6 +253,12 @@ def open_run(folder, config):
         more = f', and {len(differ) - 1} more' if differ[1:] else ''
         raise SystemExit(f'{folder}: holds a run with other settings ({key} = {there.get(key)!r}, here '
                          f'{config.get(key)!r}{more}); delete it or choose another --out_dir')
+
+def append_log(folder, record):
+    """Add a record to log.jsonl of a run folder."""
+    path = os.path.join(folder, 'log.jsonl')
+    with writing(path), open(path, 'a', encoding='utf-8') as f:
+        f.write(json.dumps(record) + '\n')
 
 def read_log(folder):
     """The lines of log.jsonl of a run folder that record a step, as dicts; [] where there are none yet."""
@@ -318,22 +356,32 @@ def gather(out_dir, folders=None, compare=None, place=''):
         if not rows:
             return None, []
         before, _ = read_rows(out_dir)
-        if compare is None:
-            compare = before['compare'] if before else {k: defaults()[k] for k in ('base', 'placebo', 'primary')}
-        header = {
-            'experiment': os.path.basename(os.path.abspath(out_dir)),
-            'compare': compare,
-            'device': ' and '.join(dict.fromkeys(row['device'] for row in rows)),
-            'versions': rows[0]['versions']}
+        header = make_header(out_dir, rows, compare or (before and before['compare']))
         write_text(os.path.join(out_dir, 'runs.jsonl'), dump_rows(header, rows))
         if place:
             publish_file(out_dir, place, 'runs.jsonl')
     return header, rows
 
-def row_folders(out_dir):
-    """The run folders below out_dir that have a row."""
-    paths = glob.glob(os.path.join(glob.escape(out_dir), '**', 'row.json'), recursive=True)
+def make_header(out_dir, rows, compare):
+    """The first line of runs.jsonl; compare: None is the block's."""
+    return {
+        'experiment': os.path.basename(os.path.abspath(out_dir)),
+        'compare': compare or {k: defaults()[k] for k in ('base', 'placebo', 'primary')},
+        'device': ' and '.join(dict.fromkeys(row['device'] for row in rows)),
+        'versions': rows[0]['versions']}
+
+def row_folders(out_dir, name='row.json'):
+    """The run folders below out_dir that have a row, or another file."""
+    paths = glob.glob(os.path.join(glob.escape(out_dir), '**', name), recursive=True)
     return [os.path.dirname(path) for path in paths]
+
+def row_of_log(folder):
+    """What the log of a run tells before anything is measured, as a row."""
+    config, records = read_config(folder), read_log(folder)
+    return columns(config) | {
+        'main': is_main(folder), 'measures_version': 0, 'val_loss': records[-1]['val_loss'], 'references': {},
+        'excess': None, 'curve': curve(records), 'device': 'not measured', 'versions': {'torch': '—'},
+        'config': config}
 
 def open_rows(folder):
     """(header, rows) of an experiment folder, gathered anew where a run has a newer row; one line if there is none."""
@@ -344,6 +392,9 @@ def open_rows(folder):
     if any(os.path.getmtime(os.path.join(run, 'row.json')) > gathered for run in row_folders(folder)):
         return gather(folder)
     header, rows = read_rows(folder)
+    if not rows:                                            # trained, not yet analysed: that has losses at least
+        rows = [row_of_log(run) for run in row_folders(folder, 'ckpt.pt')]
+        header = make_header(folder, rows, None) if rows else None
     if not rows:
         raise SystemExit(f'{folder}: holds no row.json and no runs.jsonl yet; train and analyze a run first')
     return header, rows
@@ -367,8 +418,7 @@ def publish_file(out_dir, place, name):
         os.remove(other)
 
 def publish(out_dir, place):
-    """Copy report, figures and what they are made from to the folder `place`; notes written by hand stay."""
-    shutil.rmtree(os.path.join(place, 'figures'), ignore_errors=True)
+    """Copy report, figures and what they are made from to the folder `place`; what else is there stays."""
     for pattern in ('runs.jsonl', '*.json', '*.md', 'figures/*.png'):
         for path in glob.glob(os.path.join(glob.escape(out_dir), pattern)):
             publish_file(out_dir, place, os.path.relpath(path, out_dir))

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from configurator import at_least, configure
+from configurator import command
 from train import open_finished
 
 # -----------------------------------------------------------------------------
@@ -15,11 +15,11 @@ from train import open_finished
 
 run = ''                    # folder of the run
 prompt = 'The city of'      # text to continue
-n_samples = 3               # continuations
-n_tokens = 60               # tokens in each
-temperature = 0.8           # 0 = always the likeliest token
-top_k = 100                 # of the likeliest tokens, at most
-seed = 0                    # of the draws
+n_samples = 3               # continuations [1, 2**31)
+n_tokens = 60               # tokens in each [1, 2**31)
+temperature = 0.8           # 0 = always the likeliest token [0, inf)
+top_k = 100                 # of the likeliest tokens, at most [1, 2**31)
+seed = 0                    # of the draws [0, 2**63)
 device = ''                 # as in train.py
 
 # -----------------------------------------------------------------------------
@@ -43,7 +43,6 @@ def main(cfg):
     """Prints the continuations; returns them."""
     if not cfg.run:
         raise SystemExit('sample.py: --run=FOLDER, the trained run to sample from')
-    at_least(cfg, n_samples=1, n_tokens=1, top_k=1, temperature=0, seed=0)
     _, model, data, _ = open_finished(cfg.run, cfg.device)
     path = os.path.join(data.folder, 'tokenizer.json')
     if not os.path.exists(path):
@@ -62,4 +61,4 @@ def main(cfg):
     return texts
 
 if __name__ == '__main__':
-    main(configure(__file__))
+    command(main, __file__)

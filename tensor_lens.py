@@ -22,15 +22,15 @@ import torch.nn.functional as F
 
 import measures
 import runs
-from configurator import at_least, configure
+from configurator import command
 from train import open_finished
 
 # -----------------------------------------------------------------------------
 # config
 
 run = ''                    # folder of the run
-lens_rows = 200             # validation rows, the first ones
-lens_draws = 5              # label exchanges behind the chance level
+lens_rows = 200             # validation rows, the first ones [2, 2**31)
+lens_draws = 5              # label exchanges behind the chance level [1, 2**31)
 device = ''                 # as in train.py
 
 # -----------------------------------------------------------------------------
@@ -178,7 +178,6 @@ def own_topic_shares(model, tokens, topics, n_topics, draws, seed):
 
 def main(cfg):
     """Takes a run apart, prints the shares and returns them; analyze.py has them in the row of the run."""
-    at_least(cfg, lens_rows=2, lens_draws=1)
     if not cfg.run:
         raise SystemExit('tensor_lens.py: --run=FOLDER, the trained run to take apart')
     c, model, data, device = open_finished(cfg.run, cfg.device)
@@ -195,4 +194,4 @@ def main(cfg):
     return lens
 
 if __name__ == '__main__':
-    main(configure(__file__))
+    command(main, __file__)

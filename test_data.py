@@ -229,7 +229,7 @@ def test_there_already_or_with_other_parameters(tmp_path, capsys):
     refused('n_topics is 3 there, 4 here; concentration is 5.0 there, 9.0 here', build, tmp_path, '--n_topics=4',
             '--concentration=9')
     refused('--data_script=', data_synth.main, config(f'--data_dir={tmp_path}/seed0', *SMALL))
-    assert os.listdir(tmp_path) == ['seed0'] and 'seed0' not in os.listdir(tmp_path / 'seed0')
+    assert sorted(os.listdir(tmp_path)) == ['.seed0.lock', 'seed0'] and 'seed0' not in os.listdir(tmp_path / 'seed0')
 
 META = {'vocab_size': 10, 'block_size': 4, 'n_topics': 2}       # somebody's own labelled tokens: rows of 5
 OWN = {'train': np.arange(30).reshape(6, 5) % 10, 'train_topics': np.arange(30).reshape(6, 5) % 2,
@@ -307,8 +307,8 @@ def test_kill_leaves_no_dataset(tmp_path):
     ('--chain=group --n_groups=7', 'n_groups = 7 does not cut vocab_size = 64'), ('--n_topics=40', 'need 83'),
     ('--min_segment_len=20', '5 segments of min_segment_len = 20 do not fit in a row of block_size + 1 = 64'),
     ('--max_segments=9', '9 segments'), ('--seed=-1', 'seed = -1'),
-    ('--min_segments=4 --max_segments=3', 'max_segments = 3: must be at least 4'),
-    ('--n_topics=1 --repeats=False', 'n_topics = 1: must be at least 2'),
+    ('--min_segments=4 --max_segments=3', 'max_segments = 3: must be at least min_segments = 4'),
+    ('--n_topics=1 --repeats=False', 'n_topics = 1: without repeats'),
     ('--concentration=0', 'concentration = 0'), ('--chain=group --n_groups=8 --beta=-1', 'beta = -1'),
     ('--device=tpu9', 'device = tpu9')))
 def test_bad_settings(tmp_path, flags, line):

@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import shards
-from configurator import at_least, block, configure
+from configurator import block, command
 from machine import machine, memory_errors, processes, progress, versions
 from model import build, load, load_weights, read_checkpoint
-from runs import columns, open_run, read_config, read_log, run_folder, write_bytes, write_text
+from runs import append_log, columns, locked, open_run, read_config, read_log, run_folder, write_bytes, write_text
 
 # -----------------------------------------------------------------------------
 # config
@@ -33,36 +33,36 @@ from runs import columns, open_run, read_config, read_log, run_folder, write_byt
 data_dir = 'data/run1'      # dataset; its subfolder seed<k> is read where there is one
 out_dir = 'out/single'      # the run goes to out_dir/<condition>/seed<k> ...
 run = ''                    # ... or to this folder
-seed = 0                    # of dataset, initialisation and order
+seed = 0                    # of dataset, initialisation and order [0, 2**63)
 device = ''                 # cpu, cuda, cuda:1; '' = cuda where there is one
 dtype = ''                  # float32 or bfloat16 (autocast); '' = bfloat16 on cuda, float32 on cpu
 compile: bool = None        # torch.compile; none = on with cuda, off on cpu
 # model
-n_layer = 8                 # blocks
-n_head = 8                  # query heads
-n_kv_head: int = None       # key-value heads; none = n_head (MHA), fewer = GQA
-n_embd = 512                # width of the residual stream
-head_dim = 64               # width of a head; need not be n_embd / n_head
-mlp_hidden = 1376           # width of the SwiGLU
+n_layer = 8                 # blocks [1, 2**31)
+n_head = 8                  # query heads [1, 2**31)
+n_kv_head: int = None       # key-value heads; none = n_head (MHA), fewer = GQA [1, 2**31)
+n_embd = 512                # width of the residual stream [1, 2**31)
+head_dim = 64               # width of a head; need not be n_embd / n_head [2, 2**31)
+mlp_hidden = 1376           # width of the SwiGLU [1, 2**31)
 rope = True                 # rotary positions; false = trained without any from the start
-rope_theta = 1e6            # base of the rotary frequencies
+rope_theta = 1e6            # base of the rotary frequencies (0, inf)
 # optimization
-batch_size = 64             # rows a step, over all processes and micro-batches
-grad_accum = 1              # micro-batches a step is cut into: less memory, the same mathematics
-max_iters = 10_000          # steps
-warmup_iters = 500          # linear warm-up, at most a twentieth of the steps; then cosine to zero
-muon_lr = 0.02              # Muon: every 2D matrix of the blocks
-adam_lr = 3e-4              # AdamW: embedding and norm gains
-weight_decay = 0.01         # both, decoupled
-grad_clip = 1.0             # norm of the whole gradient; 0 = off
+batch_size = 64             # rows a step, over all processes and micro-batches [1, 2**31)
+grad_accum = 1              # micro-batches a step is cut into: less memory, the same mathematics [1, 2**31)
+max_iters = 10_000          # steps [1, 2**31)
+warmup_iters = 500          # linear warm-up, at most a twentieth of the steps; then cosine to zero [0, 2**31)
+muon_lr = 0.02              # Muon: every 2D matrix of the blocks [0, inf)
+adam_lr = 3e-4              # AdamW: embedding and norm gains [0, inf)
+weight_decay = 0.01         # both, decoupled [0, inf)
+grad_clip = 1.0             # norm of the whole gradient; 0 = off [0, inf)
 # order
 order = 'shuffled'          # a name in ORDERS below: shuffled, topic, pseudo
-cycles = 1                  # passes over the topics in an epoch; 1 = the log's, large = nearly shuffled
-cooldown = 0.0              # last fraction of the steps that is shuffled, the same rows in every arm
+cycles = 1                  # passes over the topics in an epoch; 1 = the log's, large = nearly shuffled [1, 2**31)
+cooldown = 0.0              # last fraction of the steps that is shuffled, the same rows in every arm [0, 1]
 # log
-eval_interval = 500         # steps between evaluations, each followed by a checkpoint
-eval_rows = 2000            # validation rows, the first ones
-log_interval = 10           # steps between lines of log.jsonl
+eval_interval = 500         # steps between evaluations, each followed by a checkpoint [1, 2**31)
+eval_rows = 2000            # validation rows, the first ones [1, 2**31)
+log_interval = 10           # steps between lines of log.jsonl [1, 2**31)
 
 RAISE_GRAD_ACCUM = 'a higher --grad_accum (now {grad_accum}, of {batch_size} rows) needs less and resumes the run'
 
@@ -321,8 +321,7 @@ def log_line(folder, c, step, loss, val_loss, tok_s, topics, seconds):
         'lr': c['muon_lr'] * lr_scale(step - 1, c['max_iters'], c['warmup_iters']) if step else 0.0,
         'tok_s': round(tok_s), 'seconds': round(seconds, 2),
         'topics': np.bincount(topics, minlength=c['n_topics']).tolist()}
-    with open(os.path.join(folder, 'log.jsonl'), 'a', encoding='utf-8') as f:
-        f.write(json.dumps(record) + '\n')
+    append_log(folder, record)
 
 def fit(model, c, data, folder, where, stream=0):
     """Train `model` on a dataset: leaves config.json, log.jsonl and ckpt.pt in `folder`, resumes from a ckpt.pt there.
@@ -425,15 +424,15 @@ def open_finished(run, device=''):
     device, _, _ = machine(device)
     return c, load(run, device), read_data(c, run), device
 
+def alone(folder):
+    """Keeps a run folder to this command, all of its processes."""
+    first = processes()[0] == 0
+    return locked(folder) if first else contextlib.nullcontext()
+
 def check(cfg):
     """Stops with one line at the first setting that can't work."""
     if cfg.order not in ORDERS:
         raise SystemExit(f'order = {cfg.order}: one of {", ".join(ORDERS)}')
-    counts = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'mlp_hidden', 'batch_size', 'grad_accum',
-              'max_iters', 'cycles', 'eval_interval', 'eval_rows', 'log_interval')
-    at_least(cfg, **dict.fromkeys(counts, 1))
-    if cfg.seed < 0 or cfg.warmup_iters < 0 or not 0 <= cfg.cooldown <= 1:
-        raise SystemExit('seed and warmup_iters must not be negative, cooldown is between 0 and 1')
 
 def main(cfg):
     check(cfg)
@@ -441,10 +440,10 @@ def main(cfg):
     data = read_data(getattr(cfg, 'overrides', {}) | {'data_dir': cfg.data_dir, 'seed': cfg.seed}, 'train.py')
     c = resolve(cfg, data.meta)
     folder = cfg.run or run_folder(cfg.out_dir, c)
-    with memory_errors(RAISE_GRAD_ACCUM.format(**c)):
+    with memory_errors(RAISE_GRAD_ACCUM.format(**c)), alone(folder):
         model = build(c, torch.Generator().manual_seed(c['seed'])).to(where[0])
         fit(model, c, data, folder, where)
     return folder
 
 if __name__ == '__main__':
-    main(configure(__file__))
+    command(main, __file__)
