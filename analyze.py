@@ -226,6 +226,7 @@ def probe_table(c, rows, states, untrained, embedded, posterior):
 def main(cfg):
     if not cfg.run:
         raise SystemExit('analyze.py: --run=FOLDER, the trained run to analyse')
+    runs.read_config(cfg.run)                               # stops where there is no run
     with memory_errors('analyse on a device with more of it, such as --device=cpu'), runs.locked(cfg.run):
         analyse(cfg)
 

@@ -13,10 +13,10 @@ import os
 
 import shards
 from configurator import block, command
-from machine import machine, memory_errors
+from machine import machine, memory_errors, processes
 from model import build, load, load_weights
-from runs import read_config, recal_folder
-from train import RAISE_GRAD_ACCUM, alone, data_folder, fit, read_data
+from runs import locked, read_config, recal_folder
+from train import RAISE_GRAD_ACCUM, data_folder, fit, read_data
 
 # -----------------------------------------------------------------------------
 # config
@@ -83,7 +83,7 @@ def recalibrate(cfg, length):
     c['grad_accum'] = cfg.grad_accum
     folder = recal_folder(cfg.run, cfg.keep_rope, None if length == cfg.recal_iters[0] else steps)
     where = machine(cfg.device, cfg.dtype, cfg.compile)
-    with memory_errors(RAISE_GRAD_ACCUM.format(**c)), alone(folder):
+    with memory_errors(RAISE_GRAD_ACCUM.format(**c)), locked(folder, processes()[0]):
         model = build(c)
         if not os.path.exists(os.path.join(folder, 'ckpt.pt')):              # else fit resumes from that one
             load_weights(model, load(cfg.run).state_dict(), cfg.run)

@@ -46,6 +46,8 @@ seeds = (0,)                # one seed is one dataset and one initialisation, sh
 base = 'shuffled'           # the order that others are compared with
 placebo = 'pseudo'          # the order that has the schedule of another, without its meaning
 primary = ('score_p', 'topic_ordered', 'drope - kept')     # named beforehand: measure, order - base, positions
+course_seeds: int = None    # further recalibration lengths, on the first so many seeds; none = all [1, 2**31)
+rows_from = ''              # a folder of results: its rows are taken where this plan has the same runs
 jobs = 1                    # arms trained at a time, in as many processes, spread over the GPUs [1, 2**31)
 data_script = 'data_synth.py'   # makes the data: a script with main and parameters; '' = data_dir is a dataset
 dry_run = False             # print the plan and stop
@@ -54,7 +56,8 @@ publish = False             # copy rows, report and figures to results/<experime
 # -----------------------------------------------------------------------------
 # the plan
 
-OF_AN_ARM = {'run', 'seed', 'order', 'cycles', 'cooldown', 'n_kv_head', 'keep_rope', 'causal', 'recal_data_dir'}
+OF_AN_ARM = {'run', 'seed', 'repeat', 'order', 'cycles', 'cooldown', 'n_kv_head', 'keep_rope', 'causal',
+             'recal_data_dir'}
 
 class Run(NamedTuple):
     folder: str
@@ -124,6 +127,8 @@ def arm_runs(cfg, arm, seed):
         if keep and not length:
             continue                                        # kept and trained no further is the parent
         further = None if length == cfg.recal_iters[0] else steps
+        if further is not None and seed in cfg.seeds[cfg.course_seeds or len(cfg.seeds):]:
+            continue
         config = drope.recal_config(c, folder, steps, keep, cfg.recal_lr_scale, mixed.data_dir, meta)
         found.append(Run(runs.recal_folder(folder, keep, further), config, length))
     return found
@@ -134,6 +139,10 @@ def place(cfg):
 
 def has_checkpoint(run):
     return os.path.exists(os.path.join(run.folder, 'ckpt.pt'))
+
+def rows_by_key(folder):
+    """{key: row} of a published experiment."""
+    return {runs.key(row): row for row in runs.read_rows(folder)[1]}
 
 def row_of(run, published):
     """
@@ -311,7 +320,8 @@ def main(cfg):
     plan = {pair: arm_runs(cfg, *pair) for pair in pairs}
     everything = list(itertools.chain(*plan.values()))
     cfg.folders = [run.folder for run in everything]
-    published = {runs.key(row): row for row in runs.read_rows(place(cfg))[1]}
+    own = rows_by_key(place(cfg))
+    published = rows_by_key(cfg.rows_from) | own if cfg.rows_from else own
     todo = [pair for pair in pairs if any(to_do(cfg, run, published) for run in plan[pair])]
     steps = sum(run.config['max_iters'] for run in everything)
     print(f'{cfg.out_dir}: {len(cfg.arms)} arms x {len(cfg.seeds)} seeds, {len(everything)} runs, {steps:,} steps; '
@@ -319,7 +329,7 @@ def main(cfg):
     if cfg.dry_run:
         return show_plan(cfg, everything, published)
     planned = {runs.key(runs.columns(run.config)) for run in everything}
-    for key, row in published.items():
+    for key, row in own.items():
         if cfg.publish and key not in planned:
             raise SystemExit(f'{place(cfg)}: holds {row["condition"]} of seed {row["seed"]}, which is not in this '
                              'plan and would be lost; add its arm and seed, or delete it')

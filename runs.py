@@ -34,8 +34,11 @@ def writing(path):
         raise SystemExit(f'{path}: cannot be written ({e.strerror}); make room or choose another folder') from None
 
 @contextlib.contextmanager
-def locked(folder):
-    """Keeps a folder in the making to this process: another one is refused in one line, and this one loses nothing."""
+def locked(folder, rank=0):
+    """Keeps a folder in the making to this command, by its first process: another command is refused in one line."""
+    if rank:
+        yield
+        return
     parent, name = os.path.split(os.path.abspath(folder))
     with writing(folder):
         os.makedirs(parent, exist_ok=True)
@@ -112,8 +115,9 @@ def show(x, form):
 
 # what a model can be trained with: settings of train.py
 POSITIONS = {'rope': {'rope': True}, 'nope': {'rope': False}}
-ARM_NAMES = ('{mha,gqa}_{shuffled,topic_ordered,topic_c<cycles>,pseudo,...}[_cd<percent>][_pure]'
+ARM_NAMES = ('{mha,gqa}_{shuffled,reshuffled,topic_ordered,topic_c<cycles>,pseudo,...}[_cd<percent>][_pure][_rerun]'
              f'[_{{{",".join(POSITIONS)}}}]')
+OLDER = {'order_seed': None, 'repeat': 0, 'data_seed': None}         # columns that old rows lack
 
 def order_name(columns):
     """'topic_ordered', 'topic_c4_cd20_pure', ...: the order part of a name, from the columns of a row."""
@@ -122,23 +126,24 @@ def order_name(columns):
         plain = 'topic_ordered' if name == 'topic' else name
         name = plain if columns['cycles'] == 1 else f'{name}_c{columns["cycles"]}'
         name += f'_cd{round(100 * columns["cooldown"])}' if columns['cooldown'] else ''
-    return name + '_pure' * columns['pure']
+    return name + '_pure' * columns['pure'] + '_rerun' * columns['repeat']
 
 def arm_settings(arm, n_head):
     """
-    What the name of an arm stands for: 'gqa_topic_c4_cd20' -> {n_kv_head, order, cycles, cooldown, rope} of
+    What the name of an arm stands for: 'gqa_topic_c4_cd20' -> {n_kv_head, order, cycles, cooldown, repeat, rope} of
     train.py and `pure`, whether its training rows have one segment each. Stops with one line at any other name.
     """
     ends = '|'.join(POSITIONS)
-    name = re.fullmatch(rf'(mha|gqa)_([a-z]\w*?)(?:_ordered|_c(\d+))?(?:_cd(\d+))?(_pure)?(?:_({ends}))?', arm)
+    name = re.fullmatch(rf'(mha|gqa)_([a-z]\w*?)(?:_ordered|_c(\d+))?(?:_cd(\d+))?(_pure)?(_rerun)?(?:_({ends}))?', arm)
     if not name:
         raise SystemExit(f'arms: {arm!r} is not of the form {ARM_NAMES}')
-    attention, order, cycles, cooldown, pure, positions = name.groups()
+    attention, order, cycles, cooldown, pure, rerun, positions = name.groups()
     settings = {
         'order': order,
         'cycles': int(cycles or 1),
         'cooldown': int(cooldown or 0) / 100,
-        'pure': bool(pure)}
+        'pure': bool(pure),
+        'repeat': int(bool(rerun))}
     again = arm_name(settings | {'attention': attention})
     if positions and positions != 'rope':
         again = condition(again, positions)
@@ -174,6 +179,8 @@ def columns(config):
         'cooldown': config[of + 'cooldown'],
         'pure': config.get(of + 'max_segments') == 1,
         'positions': positions_of(config) if trained else 'kept' if config['keep_rope'] else 'drope'}
+    for name, default in OLDER.items():
+        found[name] = config.get(name, default)
     name = condition(arm_name(found), found['positions'])
     return {'condition': name, **found, 'seed': config['seed'], 'recal_steps': config['recal_steps']}
 
@@ -203,7 +210,7 @@ def is_main(folder):
 # configs
 
 # where a run was made and how fast
-IDENTITY_FREE = {'data_dir', 'out_dir', 'run', 'parent', 'device', 'compile', 'grad_accum'}
+IDENTITY_FREE = {'data_dir', 'data_seed', 'out_dir', 'run', 'parent', 'device', 'compile', 'grad_accum'}
 NEEDED = {'recal_steps', 'keep_rope', 'data_dir', 'seed', 'n_topics', 'max_iters', 'order', 'n_layer', 'n_head',
           'n_kv_head', 'rope'}                              # of these every run has its own
 
@@ -304,13 +311,13 @@ def read_row(folder):
     row = read_json(path)
     if row is not None and not (isinstance(row, dict) and {'condition', 'config', 'device'} <= row.keys()):
         raise SystemExit(f'{path}: not a row of ours; delete it and run analyze.py again')
-    return row
+    return row and OLDER | row
 
 def key(row):
     """What finds a row in its experiment, and sorts them as tables show them: shuffled first, RoPE before DroPE."""
     order = row['order'] != 'shuffled', row['order'], row['cycles'], row['cooldown']
     positions = row['recal_steps'] is not None, row['positions'] == 'drope', row['positions'] != 'rope'
-    return (row['attention'] != 'mha', row['pure'], *order, *positions, row['positions'],
+    return (row['attention'] != 'mha', row['pure'], row['repeat'], *order, *positions, row['positions'],
             row['recal_steps'] or 0, row['seed'])
 
 def read_rows(folder):
@@ -330,8 +337,7 @@ def read_rows(folder):
     except (OSError, ValueError, EOFError) as e:
         raise SystemExit(f'{path}: cannot be read as lines of JSON ({e}); delete it, the experiment writes '
                          'it again') from None
-    for row in rows:
-        row['config'] = header['config'] | row['config']
+    rows = [OLDER | row | {'config': header['config'] | row['config']} for row in rows]
     return header, rows
 
 def dump_rows(header, rows):

@@ -63,7 +63,10 @@ def test_sigterm_ends_the_children_too(place):
     process.terminate()
     assert 'the same command goes on' in process.communicate(timeout=60)[1] and process.returncode == 1
     wait_for(lambda: not group_lives(process.pid))
-    assert not group_lives(process.pid)
+    left = group_lives(process.pid)
+    if left:
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not left
 
 def wait_for(condition):
     end = time.time() + 60
@@ -131,10 +134,11 @@ def test_no_number_is_without_a_range():
 
 def test_output_stops_nothing(place, monkeypatch):
     """A reader that has left, a full disk, closed streams, ASCII alone: the report is written all the same."""
-    for streams in ('2>&1 | head -c 1', '> /dev/full 2>&-'):
+    for streams, unbuffered in (('2>&1 | head -c 1', ''), ('> /dev/full 2>&-', '1')):
         command = f'{sys.executable} {HERE}/run_experiment.py tiny.py --publish=True {streams}; exit ${{PIPESTATUS[0]}}'
         shutil.rmtree(place / 'out', ignore_errors=True)
-        done = subprocess.run(['bash', '-c', command], cwd=place, env=ENV, capture_output=True, text=True)
+        env = ENV | {'PYTHONUNBUFFERED': unbuffered}        # what fails is to write, or to flush
+        done = subprocess.run(['bash', '-c', command], cwd=place, env=env, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr and (place / 'results/tiny/summary.md').exists(), done.stderr
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
     monkeypatch.setattr(sys, 'stdout', ascii_only)

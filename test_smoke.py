@@ -210,7 +210,7 @@ def test_unmasked_columns(workspace):
 def test_names_and_columns():
     """A name is taken apart into settings, and made again from the columns of a run with those."""
     for arm in ('mha_shuffled', 'gqa_topic_ordered', 'mha_topic_c4_cd20', 'mha_pseudo_c16', 'mha_shuffled_pure',
-                'mha_easy_first_c2_cd5_pure', 'gqa_shuffled_nope'):
+                'mha_easy_first_c2_cd5_pure', 'gqa_shuffled_nope', 'mha_reshuffled', 'mha_shuffled_pure_rerun'):
         settings = runs.arm_settings(arm, 8)
         config = settings | {'n_head': 8, 'seed': 3, 'recal_steps': None, 'max_segments': 1 if settings['pure'] else 5}
         name = arm if arm.endswith('nope') else arm + '_rope'

@@ -72,6 +72,20 @@ def test_arms_read_the_same_rows_in_every_epoch(n_rows, cooldown):
 def n_blocks(rows):
     return 1 + int((np.diff(LABELS[rows]) != 0).sum())
 
+def test_reshuffled_differs_in_the_order_alone(dataset, tmp_path):
+    """The same weights to begin with, other batches, and the recalibration rows of all arms."""
+    for order in ('shuffled', 'reshuffled'):
+        done = run('train.py', *TINY, f'--data_dir={dataset}', '--max_iters=9', '--muon_lr=0', '--adam_lr=0',
+                   f'--order={order}', f'--run={tmp_path}/{order}')
+        assert done.returncode == 0, done.stderr
+        assert run('drope.py', f'--run={tmp_path}/{order}', '--recal_iters=3', '--device=cpu').returncode == 0
+    assert same(weights(f'{tmp_path}/shuffled'), weights(f'{tmp_path}/reshuffled'))
+    rows_of = lambda folder: torch.load(f'{tmp_path}/{folder}/ckpt.pt', weights_only=True)['rows']
+    assert rows_of('shuffled') != rows_of('reshuffled') and rows_of('shuffled_drope') == rows_of('reshuffled_drope')
+    others = [row_order(LABELS, 200, 'reshuffled', seed=1, order_seed=k) for k in (None, 1, 2)]
+    assert (others[0] == others[1]).all() and (others[1] != others[2]).any()
+    assert (others[0][:100] != others[0][100:]).any()       # another shuffle in every epoch
+
 def test_topic_order_is_blocks():
     rows, reference = row_order(LABELS, 200, 'topic', seed=1), row_order(LABELS, 100, seed=1)
     assert LABELS[rows[0]] == 1                                    # the order of topics is rotated by seed

@@ -34,6 +34,7 @@ data_dir = 'data/run1'      # dataset; its subfolder seed<k> is read where there
 out_dir = 'out/single'      # the run goes to out_dir/<condition>/seed<k> ...
 run = ''                    # ... or to this folder
 seed = 0                    # of dataset, initialisation and order [0, 2**63)
+repeat = 0                  # 1: another run with the same settings, whose distance is that of rounding [0, 1]
 device = ''                 # cpu, cuda, cuda:1; '' = cuda where there is one
 dtype = ''                  # float32 or bfloat16 (autocast); '' = bfloat16 on cuda, float32 on cpu
 compile: bool = None        # torch.compile; none = on with cuda, off on cpu
@@ -56,7 +57,8 @@ adam_lr = 3e-4              # AdamW: embedding and norm gains [0, inf)
 weight_decay = 0.01         # both, decoupled [0, inf)
 grad_clip = 1.0             # norm of the whole gradient; 0 = off [0, inf)
 # order
-order = 'shuffled'          # a name in ORDERS below: shuffled, topic, pseudo
+order = 'shuffled'          # a name in ORDERS below: shuffled, reshuffled, topic, pseudo
+order_seed: int = None      # of reshuffled and pseudo: another order of the same rows; none = seed [0, 2**63)
 cycles = 1                  # passes over the topics in an epoch; 1 = the log's, large = nearly shuffled [1, 2**31)
 cooldown = 0.0              # last fraction of the steps that is shuffled, the same rows in every arm [0, 1]
 # log
@@ -69,32 +71,36 @@ RAISE_GRAD_ACCUM = 'a higher --grad_accum (now {grad_accum}, of {batch_size} row
 # -----------------------------------------------------------------------------
 # order: every arm of a seed reads the same rows in each epoch; the arm decides only when
 
-def unsorted(labels, rng):
-    return np.zeros_like(labels)
+def as_drawn(rows, labels, rng):
+    return rows
 
-def by_topic(labels, rng):
-    return labels
+def shuffled_again(rows, labels, rng):
+    return rng.permutation(rows)
 
-def by_pseudo_topic(labels, rng):
-    return rng.permutation(labels)                          # blocks of the same sizes that mean nothing
+def by_topic(rows, labels, rng):
+    return rows[np.argsort(labels[rows], kind='stable')]
 
-# name -> what rows are sorted by, a number for each row [N], from their dominant topics [N] and a generator
-ORDERS = {'shuffled': unsorted, 'topic': by_topic, 'pseudo': by_pseudo_topic}
+def by_pseudo_topic(rows, labels, rng):
+    return by_topic(rows, rng.permutation(labels), rng)     # blocks of the same sizes that mean nothing
 
-def row_order(labels, n_rows, order='shuffled', cycles=1, cooldown_rows=0, seed=0, stream=0):
+# name -> rows in order, from those of a part of an epoch as they were drawn [n], the dominant topics of all rows [N],
+# and a generator that begins anew for each part: a pseudo-topic has the same rows in all of them
+ORDERS = {'shuffled': as_drawn, 'reshuffled': shuffled_again, 'topic': by_topic, 'pseudo': by_pseudo_topic}
+
+def row_order(labels, n_rows, order='shuffled', cycles=1, cooldown_rows=0, seed=0, stream=0, order_seed=None):
     """The rows that training reads, in order: int64 [n_rows]. labels: dominant topic of each row of the dataset [N].
-    First every epoch is a fresh permutation of all rows, the last one cut to what is needed; that sequence depends on
-    (seed, stream) alone. Then, up to the cooldown, each epoch's part is cut into `cycles` equal parts, and each part is
-    sorted by ORDERS[order], stably. Labels are renumbered before that, so that each seed begins with another topic."""
+    First every epoch is a fresh permutation of all rows, the last one cut to what is needed, by (seed, stream) alone.
+    Then, up to the cooldown, each epoch is cut into `cycles` equal parts, which ORDERS[order] puts in order. Labels are
+    renumbered before that: each seed begins with another topic. order_seed: None is seed."""
     N = len(labels)
     rng = np.random.default_rng([seed, stream])
     rows = np.concatenate([rng.permutation(N) for _ in range(n_rows // N + 1)])[:n_rows]
     labels = (labels - seed) % (labels.max() + 1)
-    sort_key = ORDERS[order](labels, np.random.default_rng([seed, stream, 1]))
+    own_seed = seed if order_seed is None else order_seed
     to_sort = rows[:n_rows - cooldown_rows]
     for start in range(0, len(to_sort), N):
         for part in np.array_split(to_sort[start:start + N], cycles):        # views of `rows`
-            part[:] = part[np.argsort(sort_key[part], kind='stable')]
+            part[:] = ORDERS[order](part, labels, np.random.default_rng([own_seed, stream, 1]))
     return rows
 
 def dominant_topic(topics, n_topics):
@@ -128,9 +134,8 @@ def muon_step(grads, momentum, master, weights, lr, weight_decay, clip):
         weights.copy_(master)
 
 class Muon:
-    """torch.optim.Muon with the matrices of one shape stacked into one batched product, and nothing that syncs.
-    Parameters become views of their stack. dtype: that of the model's matrices and their gradients; the optimizer
-    updates fp32 ones (`master`: parameter -> its fp32 weights), as autocast would have them cast at every step."""
+    """torch.optim.Muon, the matrices of one shape stacked, and nothing that syncs. Parameters become views of their
+    stack, of dtype; what is updated is fp32 (`master`: parameter -> its fp32 weights), as under autocast."""
     def __init__(self, params, lr, weight_decay, dtype=torch.float32, compile=False):
         self.lr = lr
         self.weight_decay = weight_decay
@@ -158,7 +163,7 @@ class Muon:
             self.update(grads, stack.momentum, stack.master, stack.weights, lr, self.weight_decay, clip)
 
 def split_parameters(model):
-    """(the 2D matrices of the blocks, for Muon; the embedding and the norm gains, for AdamW)."""
+    """(2D matrices of the blocks, for Muon; embedding and norm gains, for AdamW)."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         (matrices if p.ndim == 2 and '.layers.' in name else others).append(p)
@@ -193,7 +198,7 @@ def lr_scale(step, max_iters, warmup_iters):
 # the step
 
 def compiled(model):
-    """The model as torch.compile makes it: one compilation for all models of its shape, whatever their weights."""
+    """The model compiled, once for all models of its shape."""
     import torch._dynamo                                    # only here: it takes a while
     torch._dynamo.config.recompile_limit = 64               # an experiment has more shapes than the default of 8
     return torch.compile(model, options={'online_softmax': False})           # faster without, here
@@ -267,14 +272,14 @@ def autocast(device, dtype):
 
 def micro_batch(c, world=1):
     """Rows of a micro-batch of one process."""
-    parts = c['grad_accum'] * world
-    if c['batch_size'] % parts:
-        raise SystemExit(f'batch_size = {c["batch_size"]}: not divisible by {parts}, grad_accum x processes')
-    return c['batch_size'] // parts
+    rows, rest = divmod(c['batch_size'], c['grad_accum'] * world)
+    if rest or not rows:
+        raise SystemExit(f'batch_size = {c["batch_size"]}: not divisible by grad_accum = {c["grad_accum"]} x {world}')
+    return rows
 
 def evaluate(model, loss_of, tokens, micro, dtype):
-    """Mean cross-entropy in nats over validation rows [N, block_size + 1]; draws nothing at random. loss_of: the model,
-    or what `compiled` made of it: that knows batches of `micro` rows with gradients, others it would compile anew."""
+    """Mean nats over validation rows [N, block_size + 1]; draws nothing. loss_of, the model or what `compiled` made of
+    it, knows batches of `micro` rows with gradients: others it would compile anew."""
     rank, world = processes()
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     for x in tokens[rank::world].split(micro):
@@ -287,7 +292,7 @@ def evaluate(model, loss_of, tokens, micro, dtype):
     return total.item() / tokens[:, 1:].numel()
 
 def save_checkpoint(folder, model, muon, adamw, step, rows_digest):
-    """Atomic: a kill leaves the old checkpoint or the new one. Weights in fp32, where the model has a bf16 copy too."""
+    """Atomic: a kill leaves the old checkpoint or the new one. Weights in fp32."""
     weights = {name: muon.master.get(p, p).detach() for name, p in model.named_parameters()}
     momentum = [stack.momentum for stack in muon.stacks]
     file = io.BytesIO()
@@ -338,7 +343,8 @@ def fit(model, c, data, folder, where, stream=0):
     # ---- the rows of all steps; weights and optimizers, from the checkpoint where there is one
     labels = dominant_topic(data.train_topics, c['n_topics'])
     cooldown = round(c['cooldown'] * max_iters) * batch_size
-    rows = row_order(labels, max_iters * batch_size, c['order'], c['cycles'], cooldown, c['seed'], stream)
+    how = c['order'], c['cycles'], cooldown, c['seed'], stream, c.get('order_seed')
+    rows = row_order(labels, max_iters * batch_size, *how)
     rows_digest = shards.digest(rows)
     ckpt = resume(folder, model, device, rows_digest)
     start = ckpt['step'] if ckpt else 0
@@ -406,7 +412,8 @@ def resolve(cfg, meta):
     """The flat config of a run, as config.json keeps it: this script's keys, and the dataset's parameters."""
     c = {k: getattr(cfg, k) for k in block(__file__)}
     c['n_kv_head'] = cfg.n_kv_head or cfg.n_head
-    return shards.parameters(meta) | c | {'parent': None, 'recal_steps': None, 'keep_rope': None}
+    own = {'data_seed': meta.get('seed'), 'parent': None, 'recal_steps': None, 'keep_rope': None}
+    return shards.parameters(meta) | c | own
 
 def read_data(wanted, who):
     """The dataset that settings name, a run's config or a command's; one line if it was built with others by now."""
@@ -424,11 +431,6 @@ def open_finished(run, device=''):
     device, _, _ = machine(device)
     return c, load(run, device), read_data(c, run), device
 
-def alone(folder):
-    """Keeps a run folder to this command, all of its processes."""
-    first = processes()[0] == 0
-    return locked(folder) if first else contextlib.nullcontext()
-
 def check(cfg):
     """Stops with one line at the first setting that can't work."""
     if cfg.order not in ORDERS:
@@ -440,7 +442,7 @@ def main(cfg):
     data = read_data(getattr(cfg, 'overrides', {}) | {'data_dir': cfg.data_dir, 'seed': cfg.seed}, 'train.py')
     c = resolve(cfg, data.meta)
     folder = cfg.run or run_folder(cfg.out_dir, c)
-    with memory_errors(RAISE_GRAD_ACCUM.format(**c)), alone(folder):
+    with memory_errors(RAISE_GRAD_ACCUM.format(**c)), locked(folder, processes()[0]):
         model = build(c, torch.Generator().manual_seed(c['seed'])).to(where[0])
         fit(model, c, data, folder, where)
     return folder
