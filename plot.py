@@ -335,19 +335,19 @@ def draw_course(exp, ax, course):
     """A contrast along the lengths: lines if it is the primary's, a band if it is a control."""
     first = course[0]
     colour = exp.colour[first['arms'][0]]
-    for where, shift in (('kept', 0.98), ('drope', 1.02)):  # beside one another
-        steps = [c['steps'] * shift for c in course]
-        low, mean = (np.array([c[where][key] for c in course], float) for key in ('low', 'mean'))
-        label = first[where]['label']
-        if first['named']:
-            ax.errorbar(steps, mean, mean - low, color=colour, ls=LINES[where], marker='o', label=label)
-            for seed in first[where]['differences']:
-                of_seed = [c[where]['differences'].get(seed, np.nan) for c in course]
-                ax.plot(steps, of_seed, color=colour, ls=LINES[where], alpha=0.2)
-        elif where == 'drope' and first['order'] in (exp.header['compare']['placebo'], report.SHUFFLES[1]):
-            ax.fill_between(steps, low, 2 * mean - low, color=colour, alpha=0.2, label=label)
-    if first['named']:
+    if first['named'] and first['rope']['n']:
         ax.axhline(first['rope']['mean'], color=colour, label=first['rope']['label'])
+    for where, shift in (('kept', 0.98), ('drope', 1.02)):  # beside one another
+        line = [c[where] for c in course]
+        steps = [c['steps'] * shift for c in course]
+        low, mean = (np.array([e[key] for e in line], float) for key in ('low', 'mean'))
+        style = {'color': colour, 'ls': LINES[where]}
+        if first['named']:
+            ax.errorbar(steps, mean, mean - low, marker='o', label=line[0]['label'], **style)
+            for seed in line[0]['differences']:
+                ax.plot(steps, [e['differences'].get(seed, np.nan) for e in line], alpha=0.2, **style)
+        elif where == 'drope' and first['order'] in (exp.header['compare']['placebo'], report.SHUFFLES[1]):
+            ax.fill_between(steps, low, 2 * mean - low, alpha=0.2, label=line[0]['label'], **style)
 
 # -----------------------------------------------------------------------------
 

@@ -91,11 +91,6 @@ def value(row, key):
     found = part(row, key if '.' in key or key in row else f'mean.{key}')
     return float(np.mean(found[-1])) if isinstance(found, list) else found
 
-def chance(row, key):
-    """The level of a measure without structure, on the rows of this run; None where it has none."""
-    probe = MEASURES[key].chance == 'majority'
-    return part(row, 'probe.references.majority' if probe else f'uniform.{key}')
-
 def loss_above(row):
     """Nats above the Bayes filter; the validation loss itself where there is no filter."""
     return row['val_loss'] if row['excess'] is None else row['excess']
@@ -211,27 +206,15 @@ def alike(x, y, measure):
     P -= P.mean(2, keepdims=True)
     return np.arctanh(np.corrcoef(P.reshape(2, -1))[0, 1])
 
-def first_minus_mean(values):
-    """[2]: the first minus the mean of the others, and its negative; NaN where a value is None or NaN."""
-    values = np.array(values, float)
-    d = values[0] - values[1:].mean()
-    return np.array([d, -d])
-
-def difference(curves, measure):
-    """
-    A row minus the mean of others, and its negative. Of PAIRS: how much less alike the row is to two shuffles than they
-    are to one another, and the same of either shuffle: [2] or [3], NaN where undefined.
-    """
+def numbers(curves, measure):
+    """A number for each arm of a seed, curves [arm][length]; of PAIRS how alike the other two of three arms are."""
     rows = [curve[0] for curve in curves]
     if measure not in PAIRS:
-        return first_minus_mean([value(row, measure) for row in rows])
-    x, *shuffles = rows
-    others = sorted(alike(x, row, measure) for row in shuffles)     # whichever of them is called the first
-    pairs = np.array([alike(*shuffles, measure), *others])
-    return 1.5 * pairs - pairs.sum() / 2
+        return [value(row, measure) for row in rows]
+    return [alike(x, y, measure) for x, y in itertools.combinations(rows, 2)][::-1]
 
 def at_equal_loss(curves, measure):
-    """The same over the losses that all reach, curves [arm][length]; interpolated, never extrapolated: NaN."""
+    """The same, mean over the losses that all arms reach: interpolated, never extrapolated (NaN)."""
     at = []
     low = max(min(map(loss_above, curve)) for curve in curves)
     high = min(max(map(loss_above, curve)) for curve in curves)
@@ -240,26 +223,40 @@ def at_equal_loss(curves, measure):
         rising = sorted(curve, key=loss_above)
         y = np.array([value(row, measure) for row in rising], float)
         at.append(np.interp(grid, [loss_above(row) for row in rising], y, right=np.nan).mean())
-    return first_minus_mean(at)
+    return at
 
-def compared(rows, contrast, where, measure, between=difference):
-    """The effect of a contrast on a measure at some positions; `between` compares a seed's rows [arm][length]."""
+def compared(rows, contrast, where, measure, numbers=numbers):
+    """
+    The effect of a contrast at some positions: an arm's number minus the mean of the others, over seeds. Its p: by sign
+    flips; of PAIRS by exchanging the three names, any of which could be the arm's.
+    """
     conditions = [runs.condition(arm, where) for arm in contrast['arms']]
     seeds, values = [], []
     for seed in names(rows, 'seed'):
         first, *others = (pick(rows, condition=name, seed=seed) for name in conditions)
         curves = [first, *filter(None, others)]             # one shuffle will do, for pairs two are needed
         if first and len(curves) > 1 + (measure in PAIRS):
-            found = between(curves, measure)
-            if np.isfinite(found).all():
+            x = np.array(numbers(curves, measure), float)
+            first, *others = (len(x) * x - x.sum()) / (len(x) - 1)      # each minus the mean of the others
+            if np.isfinite(first):
                 seeds.append(seed)
-                values.append(found)
+                values.append([first, *(sorted(others) if measure in PAIRS else [-first])])
     d = [float(x[0]) for x in values]
     mean, low, high = t_interval(d) if d else (None, None, None)
     e = contrast | {
-        'label': f'{contrast["label"]}, {where}', 'where': where, 'measure': measure, 'kind': 'explored',
-        'mean': mean, 'low': low, 'high': high, 'n': len(d), 'smallest': smallest_effect(d), 'note': '',
-        'p': exchange_p(values), 'p_adjusted': None, 'differences': dict(zip(seeds, d))}
+        'label': f'{contrast["label"]}, {where}',
+        'where': where,
+        'measure': measure,
+        'kind': 'explored',
+        'mean': mean,
+        'low': low,
+        'high': high,
+        'n': len(d),
+        'p': exchange_p(values),
+        'p_adjusted': None,
+        'smallest': smallest_effect(d),
+        'note': '',
+        'differences': dict(zip(seeds, d))}
     if measure == 'profile' and d:
         r = np.mean([part(row, 'reliability') or 0 for row in rows if row['condition'] in conditions])
         read(e, r >= 0.8, f'reliability {r:.2f}')
@@ -345,7 +342,8 @@ def measures_table(rows, which):
     headings = ['Condition']
     for key in keys:
         m = MEASURES[key]
-        levels = [x for x in (chance(row, key) for row in rows) if x is not None]
+        path = 'probe.references.majority' if m.chance == 'majority' else f'uniform.{key}'
+        levels = [x for x in (part(row, path) for row in rows) if x is not None]
         level = f' ({m.chance} {format(np.mean(levels), m.format)})' if levels else ''
         headings.append(m.heading + level)
     lines, groups = [], {}
@@ -412,11 +410,10 @@ def summary(header, rows, figures=()):
     """The text of summary.md: tables, what they are measured against, paired differences, figures."""
     measure, arm, where = header['compare']['primary']
     primary = f'{MEASURES[measure].heading}, {arm} - base, {where}'
-    of_seed = {row['seed']: row['references'] for row in rows}
     nats = []
     for name in rows[0]['references']:
-        losses = [references[name] for references in of_seed.values()]
-        nats.append(f'{name} {number(losses, ".4f")}')
+        losses = {row['seed']: row['references'][name] for row in rows}
+        nats.append(f'{name} {number(list(losses.values()), ".4f")}')
     trained = pick(rows, recal_steps=None)
     lines = [
         f'# {header["experiment"]}', '',

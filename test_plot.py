@@ -79,16 +79,6 @@ def test_course_shows_the_primary_beside_its_control(tmp_path):
     shown = dict(zip(*reversed(ax.get_legend_handles_labels())))
     of = 'mha_reverse - mha_shuffled, '
     assert shown.keys() == {of + 'rope', of + 'kept', of + 'drope', 'mha_pseudo - mha_shuffled, drope'}
-    difference = len('reverse') - len('shuffled')
-    assert np.allclose(shown[of + 'rope'].get_ydata(), difference)
-    assert np.allclose(shown[of + 'kept'].lines[0].get_ydata(), [difference] * 2)
-    faint = [line.get_ydata() for line in ax.lines if line.get_alpha() == 0.2]
-    assert np.shape(faint) == (4, 2) and np.allclose(faint, difference)                  # 2 seeds, kept and dropped
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ['5', '9']
-
-def test_old_rows_have_no_p(tmp_path):
-    """Of another definition: neither heads nor a course of it."""
-    exp = written(tmp_path, seeds=(0,))
-    for row in exp.shown:
-        row['measures_version'] = 1
-    assert 'no row' in plot.plot_heads(exp) and 'no length' in plot.plot_course(exp)
+    faint = [line.get_ydata() for line in ax.lines if line.get_alpha() == 0.2]          # 2 seeds, kept and dropped
+    for y in (shown[of + 'rope'].get_ydata(), shown[of + 'kept'].lines[0].get_ydata(), *faint):
+        assert np.allclose(y, len('reverse') - len('shuffled')) and len(y) == 2 and len(faint) == 4
