@@ -233,14 +233,14 @@ def compared(rows, contrast, where, measure, numbers=numbers):
     conditions = [runs.condition(arm, where) for arm in contrast['arms']]
     seeds, values = [], []
     for seed in names(rows, 'seed'):
-        first, *others = (pick(rows, condition=name, seed=seed) for name in conditions)
-        curves = [first, *filter(None, others)]             # one shuffle will do, for pairs two are needed
-        if first and len(curves) > 1 + (measure in PAIRS):
+        own, *others = (pick(rows, condition=name, seed=seed) for name in conditions)
+        curves = [own, *filter(None, others)]               # one shuffle will do, for pairs two are needed
+        if own and len(curves) > 1 + (measure in PAIRS):
             x = np.array(numbers(curves, measure), float)
-            first, *others = (len(x) * x - x.sum()) / (len(x) - 1)      # each minus the mean of the others
-            if np.isfinite(first):
-                seeds.append(seed)
-                values.append([first, *(sorted(others) if measure in PAIRS else [-first])])
+            d, *renamed = (len(x) * x - x.sum()) / (len(x) - 1)         # each minus the mean of the others
+            if np.isfinite(d):
+                seeds.append(seed)                          # sorted: no shuffle is the first
+                values.append([d, *(sorted(renamed) if measure in PAIRS else [-d])])
     d = [float(x[0]) for x in values]
     mean, low, high = t_interval(d) if d else (None, None, None)
     e = contrast | {
