@@ -26,6 +26,7 @@ from PIL import Image
 import report
 import runs
 from configurator import command
+from report import names, pick
 
 plt.rcParams.update({
     'font.size': 9, 'axes.titlesize': 9, 'xtick.labelsize': 7, 'lines.markersize': 4, 'legend.frameon': False,
@@ -54,21 +55,10 @@ def load(folder):
     colour = dict(zip(arms, COLOURS))
     shown = [row for row in rows if row['arm'] in colour]
     main = pick(shown, main=True)
-    sizes = [len(pick(main, condition=name)) for name in names(main, 'condition')]
-    note = f'n = {max(sizes)}'
-    if min(sizes) < max(sizes):
-        note += ' at most'
+    note = f'n = {len(names(main, "seed"))}'
     if len(arms) > len(colour):
         note += f', the first {len(colour)} of {len(arms)} arms'
     return types.SimpleNamespace(folder=folder, header=header, shown=shown, main=main, colour=colour, note=note)
-
-def names(rows, key):
-    """The values of a key, once each, in the order of the rows."""
-    return list(dict.fromkeys(row[key] for row in rows))
-
-def pick(rows, **wanted):
-    """The rows with these values."""
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 def having(rows, path):
     """The rows with that part, 'heads.score_p'."""
@@ -157,15 +147,16 @@ def plot_order(exp):
 
 def plot_heads(exp):
     """P of every head, a panel for each arm (down) and positions (across)."""
-    rows = having(exp.main, 'heads.score_p')
+    rows = [row for row in exp.main if report.value(row, 'score_p') is not None]
     arms = names(rows, 'arm')
     positions = names(rows, 'positions')
     if not arms:
-        return 'no row has P by head'
+        return 'no row has P'
     fig, axes = canvas(
         exp, f'score P of every head (mean over seeds, {exp.note})',
         'P: log ratio of attention to keys of the query\'s topic over others, matched by position. 0: position '
-        'alone decides. Above: topic or contiguity attracts. Beside a name: mean of heads. Colours end at ±1.',
+        'alone decides. Above: topic or contiguity attracts. Beside a name: mean of heads. Colours end at ±1; lines '
+        'across them (every seed): P of equal bigrams, black, and of the posterior of bigrams, grey.',
         (len(arms), len(positions)), 1.5)
     for name in names(rows, 'condition'):
         mine = pick(rows, condition=name)
@@ -175,7 +166,9 @@ def plot_heads(exp):
         mean = runs.plain(np.ma.masked_invalid(P).mean())
         ax.set(title=f'{name} {runs.show(mean, "+.3f")}', xlabel='head', ylabel='layer')
         ax.locator_params(integer=True)
-    fig.colorbar(image, ax=axes, label='P (log ratio)')
+    bar = fig.colorbar(image, ax=axes, label='P (log ratio)')
+    for name, colour in (('equal', 'black'), ('posterior', GREY)):
+        bar.ax.hlines(over_seeds(rows, f'bigram.{name}.score_p'), 0, 1, color=colour)
     return fig
 
 # -----------------------------------------------------------------------------
@@ -295,8 +288,6 @@ def plot_effects(exp):
     found = report.effects(exp.header, exp.shown)
     if not found:
         return 'no two arms have a seed in common'
-    for e in found:
-        e['label'] = f'{" - ".join(e["arms"])}, {e["where"]}'
     keys = names(found, 'measure')
     labels = names(found, 'label')
     fig, axes = canvas(
@@ -320,35 +311,51 @@ def plot_effects(exp):
     return fig
 
 # -----------------------------------------------------------------------------
-# 7: at equal loss
+# 7: the course
 
-def plot_matched(exp):
-    """P and the probe against the loss, along the recalibration lengths: arms compare at equal loss."""
-    if len(exp.main) == len(exp.shown):
-        return 'every arm has one recalibration length'
+def plot_course(exp):
+    """The primary measure along the recalibration lengths: what order leaves with RoPE kept, and dropped."""
+    found = report.course(exp.header, exp.shown)
+    if not pick(found, named=True):
+        return 'no length has the arms of the primary measure, with RoPE kept and dropped'
+    measure = report.MEASURES[exp.header['compare']['primary'][0]]
     fig, axes = canvas(
-        exp, f'at equal loss (seeds: {exp.note})',
-        'A line is a seed along its recalibration lengths, longer to the left (dashed: kept, dotted: dropped); '
-        'diamonds: trained models. Loss: above the Bayes filter, if there is one. Differences at equal loss, '
-        'with intervals and p: summary.md.',
-        (1, 2), 4)
-    for key, ax in zip(('score_p', 'probe'), axes[0]):
-        measure = report.MEASURES[key]
-        ax.set(title=measure.heading, ylabel=measure.unit, xlabel='loss (nats per token)')
-        if exp.main[0]['excess'] is not None:
-            ax.set_xscale('symlog', linthresh=0.01)
-        for row in exp.main:
-            path = pick(exp.shown, condition=row['condition'], seed=row['seed'])
-            loss = [report.loss_above(other) for other in path]
-            y = [report.value(other, key) for other in path]
-            marker = 'D' if row['recal_steps'] is None else 'o'
-            ax.plot(loss, y, marker=marker, label=row['arm'], **look(exp, row))
+        exp, f'{measure.heading}: what order leaves, by recalibration ({exp.note})',
+        'Arm minus base. Level: trained, with RoPE; dashed: recalibrated with RoPE kept; dotted: dropped; faint: '
+        'seeds. Bars and bands: 95% interval of the mean. Bands: the controls, dropped (the schedule without its '
+        'topics; another shuffle).',
+        (1, 1), 4.2)
+    ax, = axes.flat
+    for label in names(found, 'label'):
+        draw_course(exp, ax, pick(found, label=label))
+    steps = names(found, 'steps')
+    ax.set(xscale='log', xlabel='steps of recalibration', ylabel=f'difference ({measure.unit})')
+    ax.set_xticks(steps, steps)
+    ax.minorticks_off()
     legend(fig)
     return fig
 
+def draw_course(exp, ax, course):
+    """A contrast along the lengths: lines if it is the primary's, a band if it is a control."""
+    first = course[0]
+    colour = exp.colour[first['arms'][0]]
+    if first['named'] and first['rope']['n']:
+        ax.axhline(first['rope']['mean'], color=colour, label=first['rope']['label'])
+    for where, shift in (('kept', 0.98), ('drope', 1.02)):  # beside one another
+        line = [c[where] for c in course]
+        steps = [c['steps'] * shift for c in course]
+        low, mean = (np.array([e[key] for e in line], float) for key in ('low', 'mean'))
+        style = {'color': colour, 'ls': LINES[where]}
+        if first['named']:
+            ax.errorbar(steps, mean, mean - low, marker='o', label=line[0]['label'], **style)
+            for seed in line[0]['differences']:
+                ax.plot(steps, [e['differences'].get(seed, np.nan) for e in line], alpha=0.2, **style)
+        elif where == 'drope' and first['order'] in (exp.header['compare']['placebo'], report.SHUFFLES[1]):
+            ax.fill_between(steps, low, 2 * mean - low, alpha=0.2, label=line[0]['label'], **style)
+
 # -----------------------------------------------------------------------------
 
-FIGURES = [plot_loss, plot_order, plot_heads, plot_maps, plot_probe, plot_effects, plot_matched, plot_lens]
+FIGURES = [plot_loss, plot_order, plot_heads, plot_maps, plot_probe, plot_effects, plot_course, plot_lens]
 
 def png(figure, dpi):
     """A figure as the bytes of a PNG of 255 colours, a third of what matplotlib would write."""

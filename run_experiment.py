@@ -45,7 +45,7 @@ arms = ('mha_shuffled', 'mha_topic_ordered')    # runs.ARM_NAMES says what can b
 seeds = (0,)                # one seed is one dataset and one initialisation, shared by all arms [0, 2**63)
 base = 'shuffled'           # the order that others are compared with
 placebo = 'pseudo'          # the order that has the schedule of another, without its meaning
-primary = ('score_p', 'topic_ordered', 'drope - kept')     # named beforehand: measure, order - base, positions
+primary = ('score_p', 'topic_ordered', 'drope')     # named beforehand: measure, order - base, positions
 course_seeds: int = None    # further recalibration lengths, on the first so many seeds; none = all [1, 2**31)
 rows_from = ''              # a folder of results: its rows are taken where this plan has the same runs
 jobs = 1                    # arms trained at a time, in as many processes, spread over the GPUs [1, 2**31)
@@ -278,7 +278,7 @@ def check(cfg):
                              f'takes arms and seeds (now {cfg.arms} and {cfg.seeds})')
     if cfg.data_script and 'data_dir' not in block(cfg.data_script):
         raise SystemExit(f'data_script = {cfg.data_script}: makes no data; a script with main and parameters')
-    tested = [key for key, m in report.MEASURES.items() if m.tested]
+    tested = [key for key, m in report.MEASURES.items() if m.role]
     if len(cfg.primary) != 3 or cfg.primary[0] not in tested:
         raise SystemExit(f'primary = {cfg.primary}: a measure ({", ".join(tested)}), an order and its positions')
     for order in (cfg.base, cfg.placebo):

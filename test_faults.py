@@ -43,13 +43,15 @@ def experiment(place, *args):
 
 def test_the_second_writer_is_refused(dataset, place):
     out = f'{place}/run'
+    train = [*TINY, f'--data_dir={dataset}', '--max_iters=2', f'--run={out}']
+    assert run('train.py', *train).returncode == 0
     (place / 'seed0.tmp-1').mkdir()                         # the user's own, like a temporary of ours by its name
     with runs.locked(out), runs.locked(f'{place}/seed0'), runs.locked(f'{place}/out/tiny/mha_shuffled_rope/seed0/arm'):
-        refuses(run('train.py', *TINY, f'--data_dir={dataset}', '--max_iters=2', f'--run={out}'), out, 'at work')
+        refuses(run('train.py', *train), out, 'at work')
         refuses(run('analyze.py', f'--run={out}'), out, 'at work')
         refuses(run('data_synth.py', f'{place}/tiny.py', f'--data_dir={place}'), f'{place}/seed0', 'at work')
         refuses(experiment(place), 'mha_shuffled_rope/seed0/arm', 'at work')
-    assert not os.path.exists(out)
+    assert os.path.exists(f'{out}/ckpt.pt') and not os.path.exists(f'{out}/row.json')
     assert run('data_synth.py', f'{place}/tiny.py', f'--data_dir={place}').returncode == 0
     assert (place / 'seed0.tmp-1').is_dir()
 
@@ -104,8 +106,8 @@ def test_what_is_undefined_is_null():
     assert found['gap_closed'] is None and found['excess'] == 0.5
     assert runs.orderedness([{'topics': [5, 0]}, {'topics': [4, 0]}]) is None          # one topic tells nothing
     assert runs.plain({'a': np.array([1.0, np.nan]), 'b': torch.tensor(np.nan)}) == {'a': [1.0, None], 'b': None}
-    e = report.effect({0: 1.0})
-    assert e['p'] is None and e['low'] is None and e['smallest'] is None
+    assert report.t_interval([1.0]) == (1.0, None, None) and report.sign_flip_p([1.0]) is None
+    assert report.fieller({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0}) == (None, None, None)
 
 @pytest.mark.parametrize('setting, words', (
     ('weight_decay = -1', 'weight_decay = -1.0 is not in [0, inf)'),
@@ -166,7 +168,7 @@ def test_the_environment_is_told_in_one_line(dataset, tmp_path):
 def test_cores_that_may_be_used():
     command = ['taskset', '-c', '0', sys.executable, '-c', 'import machine; print(machine.threads(), machine.threads(9))']
     assert subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout == '1 1\n'
-    assert machine.threads() >= 1 and report.sign_flips(26).shape == (2 ** 16, 26)
+    assert machine.threads() >= 1 and report.patterns(26, 2).shape == (2 ** 16, 26)
 
 def test_paths(dataset, tmp_path, monkeypatch):
     """~ in a flag, a file and a plain argument; a run finds its dataset from any folder."""

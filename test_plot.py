@@ -10,7 +10,7 @@ import plot
 import runs
 
 HEADER = {'experiment': 'made_up', 'device': 'cpu', 'versions': {},
-          'compare': {'base': 'shuffled', 'placebo': 'pseudo', 'primary': ['score_p', 'reverse', 'drope - rope']}}
+          'compare': {'base': 'shuffled', 'placebo': 'pseudo', 'primary': ['score_p', 'reverse', 'drope']}}
 
 def made_up(order, positions, seed, recal_steps=None, main=True):
     """A row of a model with 2 layers of 3 heads and 9 topics; a head and a lens without a number."""
@@ -20,8 +20,9 @@ def made_up(order, positions, seed, recal_steps=None, main=True):
     lens = {'value': [None] + by_depth[1:], 'chance': [None, 0.5, 0.5, 0.5, 0.5], 'chance_sd': [None] + [0.01] * 4}
     return {
         'condition': f'mha_{order}_{positions}', 'attention': 'mha', 'order': order, 'cycles': 1, 'cooldown': 0.0,
-        'pure': False, 'positions': positions, 'seed': seed, 'recal_steps': recal_steps, 'main': main,
-        'measures_version': 1, 'val_loss': 3.2 - (recal_steps or 0) / 100 + 0.01 * seed, 'excess': None,
+        'pure': False, 'repeat': 0, 'positions': positions, 'seed': seed, 'recal_steps': recal_steps,
+        'main': main, 'measures_version': 2, 'bigram': {'equal': {'score_p': 0.14, 'score_o': 0.2}, 'posterior': None},
+        'val_loss': 3.2 - (recal_steps or 0) / 100 + 0.01 * seed, 'excess': None,
         'references': {'uniform': 4.0, 'bigram': 3.5, 'filter': None, 'oracle': None}, 'device': 'cpu', 'versions': {},
         'mean': {'score_p': seed + len(order), 'within': None},
         'heads': {'score_p': p, 'qk_rank': ranks, 'ov_rank': ranks},
@@ -31,33 +32,37 @@ def made_up(order, positions, seed, recal_steps=None, main=True):
         'curve': {'step': [0, 10, 20], 'val_loss': [4.0, None, 3.0], 'topics': [[0] * 9, [8] + [0] * 8, [1] * 9]},
         'config': {'seed': seed}}
 
-def drawn(folder, seeds):
-    """The paths that plot.py draws from made-up rows of these seeds."""
+def written(folder, seeds):
+    """An experiment of made-up rows of these seeds, as plot.py reads it."""
     rows = []
-    for order in ('shuffled', 'reverse'):
+    for order in ('shuffled', 'reverse', 'pseudo'):
         for seed in seeds:
             rows += [made_up(order, 'rope', seed), made_up(order, 'alibi', seed)]
-            rows += [made_up(order, 'drope', seed, 5), made_up(order, 'drope', seed, 9, main=False)]
+            for where in ('drope', 'kept'):
+                rows += [made_up(order, where, seed, 5), made_up(order, where, seed, 9, main=False)]
     pixels = base64.b64encode(zlib.compress(np.eye(8, dtype=np.uint8).tobytes())).decode()
     example = {'layer': 1, 'head': 2, 'score_p': None,
                'topics': [0, 0, 8, 8, 8, 1, 1, 1], 'shape': [8, 8], 'max': 1.0, 'uint8': pixels}
     runs.write_text(os.path.join(folder, 'runs.jsonl'), runs.dump_rows(HEADER, rows))
     runs.write_json(os.path.join(folder, 'examples.json'), {'mha_reverse_rope': example})
+    return plot.load(str(folder))
+
+def drawn(folder):
     return plot.main(types.SimpleNamespace(paths=[str(folder)], dpi=110))
 
 def test_every_figure_is_drawn(tmp_path):
-    paths = drawn(tmp_path, seeds=(0, 1))
+    written(tmp_path, seeds=(0, 1))
+    paths = drawn(tmp_path)
     assert len(paths) == len(plot.FIGURES) == 8
     assert all(os.path.getsize(path) > 5000 for path in paths)
 
 def test_one_seed_has_no_interval(tmp_path):
-    assert len(drawn(tmp_path, seeds=(3,))) == len(plot.FIGURES)
-    assert 'n = 1' in plot.load(str(tmp_path)).note
+    assert 'n = 1' in written(tmp_path, seeds=(3,)).note
+    assert len(drawn(tmp_path)) == len(plot.FIGURES)
 
 def test_figures_show_the_rows(tmp_path):
     """P of a head is the mean over seeds at its place, the order begins at step 0, effects are report.py's."""
-    drawn(tmp_path, seeds=(0, 1))
-    exp = plot.load(str(tmp_path))
+    exp = written(tmp_path, seeds=(0, 1))
     panels = [ax for ax in plot.plot_heads(exp).axes if ax.get_title().startswith('mha_reverse_drope')]
     assert np.ma.allclose(panels[0].images[0].get_array()[:, 2], [0.3, 0.4]) and len(panels) == 1
     areas = plot.plot_order(exp).axes[0].collections
@@ -68,3 +73,12 @@ def test_figures_show_the_rows(tmp_path):
     at = [label.get_text() for label in panels[0].get_yticklabels()].index('mha_reverse - mha_shuffled, alibi')
     marks = [line.get_xydata()[0] for line in panel.lines if len(line.get_xdata()) == 1]
     assert any((x, y) == (len('reverse') - len('shuffled'), at) for x, y in marks)
+
+def test_course_shows_the_primary_beside_its_control(tmp_path):
+    ax, = plot.plot_course(written(tmp_path, seeds=(0, 1))).axes
+    shown = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    of = 'mha_reverse - mha_shuffled, '
+    assert shown.keys() == {of + 'rope', of + 'kept', of + 'drope', 'mha_pseudo - mha_shuffled, drope'}
+    faint = [line.get_ydata() for line in ax.lines if line.get_alpha() == 0.2]          # 2 seeds, kept and dropped
+    for y in (shown[of + 'rope'].get_ydata(), shown[of + 'kept'].lines[0].get_ydata(), *faint):
+        assert np.allclose(y, len('reverse') - len('shuffled')) and len(y) == 2 and len(faint) == 4

@@ -1,51 +1,72 @@
 """Statistics and tables, from rows made by hand."""
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.optimize import brentq
 
 import report
 import runs
-from report import contrasts, effects, matched, max_t, sign_flip_p, sign_flips, smallest_effect, t_interval, value
+from report import compared, contrasts, course, effects, exchange_p, matched, max_t, patterns, sign_flip_p, value
 
-COMPARE = {'base': 'shuffled', 'placebo': 'pseudo', 'primary': ['score_p', 'topic_ordered', 'drope - kept']}
+COMPARE = {'base': 'shuffled', 'placebo': 'pseudo', 'primary': ['score_p', 'topic_ordered', 'drope']}
 HEADER = {'experiment': 'made', 'compare': COMPARE, 'device': 'none', 'versions': {'torch': '2'}}
+TOPIC = {'arms': ['mha_topic_ordered', 'mha_shuffled', 'mha_reshuffled'], 'label': 'topic_ordered - base'}
+SWAPPED = TOPIC | {'arms': ['mha_topic_ordered', 'mha_reshuffled', 'mha_shuffled']}
+THREE = ('topic_ordered', 'shuffled', 'reshuffled')
 
 def row(order, positions, seed=0, steps=10, main=True, excess=0.1, probe=(0.2, 0.5, 0.9), **mean):
     """A row as analyze.py leaves it: order 'topic_c4' or 'pseudo_pure', and the numbers of the measures."""
     arm = runs.arm_settings(f'mha_{order}', 4)
     columns = {'attention': 'mha', 'positions': positions, 'seed': seed, 'main': main,
                'recal_steps': steps if positions in ('drope', 'kept') else None,
-               **{key: arm[key] for key in ('order', 'cycles', 'cooldown', 'pure')}}
+               **{key: arm[key] for key in ('order', 'cycles', 'cooldown', 'pure', 'repeat')}}
     names = {'condition': runs.condition(runs.arm_name(columns), positions), **columns}
     return names | {
-        'measures_version': 1, 'val_loss': 5 + excess, 'excess': excess, 'gap_closed': None, 'orderedness': 0.1,
+        'measures_version': 2, 'val_loss': 5 + excess, 'excess': excess, 'gap_closed': None, 'orderedness': 0.1,
         'references': {'uniform': 6.0, 'bigram': 5.5, 'filter': 5.0, 'oracle': None},
         'mean': {'score_p': 0.0, 'score_o': None, 'within': 0.5, 'entropy': 1.0} | mean, 'uniform': {'within': 0.3},
         'probe': {'accuracy': list(probe), 'references': {'majority': 0.2, 'untrained': [0.1, 0.15]}}, 'config': {}}
 
-# -----------------------------------------------------------------------------
-# tests and intervals
-
 def test_interval_and_sign_flips():
     x = np.random.default_rng(0).normal(0.5, 1, 6)
-    mean, low, high = t_interval(x)
+    mean, low, high = report.t_interval(x)
     reference = stats.ttest_1samp(x, 0).confidence_interval(0.95)
     assert (low, high) == pytest.approx((reference.low, reference.high)) and mean == pytest.approx(x.mean())
     reference = stats.permutation_test((x,), np.mean, permutation_type='samples', n_resamples=np.inf)
     assert sign_flip_p(x) == pytest.approx(reference.pvalue)
     assert sign_flip_p([1, 2, 3, 4, 5, 6]) == 2 / 64 and sign_flip_p([1]) is None
-    assert t_interval([2.0]) == (2, None, None)
+    assert report.t_interval([2.0]) == (2, None, None)
+    # three names, two seeds, nine patterns: a mean of 2 is reached by itself and, with the other sign, by (-2, -2)
+    assert exchange_p([[2, -2, 0], [2, -2, 0]]) == pytest.approx(2 / 9)
 
 def test_many_seeds_are_sampled():
     """Beyond 2^16 patterns the flips are drawn: an effect and none are told apart as by the t-test."""
-    assert len(sign_flips(20)) == 2 ** 16 and (sign_flips(20)[0] == 1).all() and len(sign_flips(3)) == 8
+    assert len(patterns(20, 2)) == len(patterns(11, 3)) == 2 ** 16 and not patterns(20, 2)[0].any()
+    assert len(patterns(3, 2)) == 8 and len({*map(tuple, patterns(4, 3))}) == 81
     x = np.random.default_rng(1).normal(0.45, 1, 20)
     assert sign_flip_p(x) == pytest.approx(stats.ttest_1samp(x, 0).pvalue, abs=0.01)
 
 def test_smallest_effect():
     # six seeds must all agree in sign: Phi(d)^6 = 0.8, so d = 1.79
-    assert smallest_effect(6) == pytest.approx(1.79, abs=0.06)
-    assert smallest_effect(8) < 1.35 and smallest_effect(5) is None
+    assert report.smallest_effect(6) == pytest.approx(stats.norm.ppf(0.8 ** (1 / 6)), abs=0.01)
+    assert report.smallest_effect(5) is None
+    d = np.random.default_rng(0).normal(0, 1, (1500, 8))
+    found = [sign_flip_p(x + report.smallest_effect(len(x))) <= 0.05 for x in d]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+
+def test_fieller():
+    """The ends are where the t-test of x - rho y, paired, turns; there are none where y may be 0."""
+    x, y = np.random.default_rng(3).multivariate_normal([0.6, 1], [[0.2, 0.1], [0.1, 0.2]], 8).T
+    def p(rho):
+        return stats.ttest_1samp(x - rho * y, 0).pvalue - 0.05
+    ratio, low, high = report.fieller(dict(enumerate([*x, 99])), dict(enumerate(y)))       # a seed without y
+    assert ratio == pytest.approx(x.mean() / y.mean())
+    assert (low, high) == pytest.approx((brentq(p, -9, ratio), brentq(p, ratio, 99)))
+    y -= 0.9
+    assert report.fieller(dict(enumerate(x)), dict(enumerate(y)))[1:] == (None, None) and p(1e6) > 0
+    assert report.fieller({0: 1.0}, {0: 2.0}) == (None, None, None)
 
 def test_max_t():
     rng = np.random.default_rng(0)
@@ -53,77 +74,142 @@ def test_max_t():
     assert max_t(d)[0] == pytest.approx(sign_flip_p(d[:, 0]))              # one measure: nothing to adjust
     d = rng.normal(0, 1, (6, 5)) + np.array([3, 0, 0, 0, 0])
     p = max_t(d)
+    assert (np.diff(np.array(p)[np.argsort(-np.abs(stats.ttest_1samp(d, 0).statistic))]) >= 0).all()   # step-down
     assert all(a >= sign_flip_p(column) - 1e-12 for a, column in zip(p, d.T)) and p[0] == min(p)
     assert max_t(np.repeat(d[:, :1], 5, axis=1)) == pytest.approx([sign_flip_p(d[:, 0])] * 5)   # copies cost nothing
-    rejected = [min(max_t(rng.normal(0, 1, (6, 6)))) <= 0.05 for _ in range(1000)]
-    assert np.mean(rejected) < 0.05 + 3 * (0.05 * 0.95 / 1000) ** 0.5      # the family keeps its level
-    alike = lambda: 0.9 * rng.normal(0, 1, (6, 1)) + 0.44 * rng.normal(0, 1, (6, 6))
-    rejected = [min(max_t(alike())) <= 0.05 for _ in range(1000)]          # and where its measures go together
-    assert np.mean(rejected) < 0.05 + 3 * (0.05 * 0.95 / 1000) ** 0.5
+    for own in (1, 0.44):                                                  # alone, and where measures go together
+        alike = (1 - own ** 2) ** 0.5 * rng.normal(0, 1, (1000, 6, 1)) + own * rng.normal(0, 1, (1000, 6, 6))
+        rejected = [min(max_t(x)) <= 0.05 for x in alike]
+        assert np.mean(rejected) < 0.05 + 3 * (0.05 * 0.95 / 1000) ** 0.5  # the family keeps its level
     shift = np.array([2.5, 2.5, 0, 0, 0, 0])                               # two of six measures, at 2.5 SD
     both = [max(max_t(rng.normal(0, 1, (6, 6)) + shift)[:2]) <= 0.05 for _ in range(300)]
     assert np.mean(both) > 0.5                                             # found most of the time
 
-# -----------------------------------------------------------------------------
-# what is compared
-
-def test_values_of_a_row(monkeypatch):
-    r = row('topic_c4', 'drope', score_p=0.3)
+def test_values_of_a_row():
+    r = row('topic_c4', 'drope', score_p=0.3) | {'heads': {'entropy': [[1, 1], [2, 4]]}}
     assert (value(r, 'score_p'), value(r, 'val_loss'), value(r, 'probe'), value(r, 'score_o')) == (0.3, 5.1, 0.5, None)
     assert value(r, 'probe.accuracy') == 0.9 and value(r, 'probe.references.untrained') == 0.15
-    assert value(r, 'probe.references.ceiling') is None
-    assert [report.chance(r, key) for key in ('within', 'probe', 'score_p', 'val_loss')] == [0.3, 0.2, 0.0, None]
-    monkeypatch.setitem(report.MEASURES, 'score_p', report.MEASURES['score_p']._replace(since=2))
-    assert value(r, 'score_p') is None                                     # this row's P was defined otherwise
-    assert '| — |' in report.summary(HEADER, [r])
+    assert value(r, 'probe.references.ceiling') is None and value(r, 'entropy_last') == 3
+    assert value(row('pseudo', 'rope', probe=(0, 0.1, 0.2, 0.3)), 'probe') == 0.1      # three layers: after the first
+
+    assert value(r | {'measures_version': 1}, 'score_p') is None           # this row's P was defined otherwise
+    assert '| — |' in report.summary(HEADER, [r | {'measures_version': 1}])
 
 def test_base_and_placebo():
     orders = ('shuffled', 'topic_c4', 'pseudo_c4', 'topic_ordered_pure', 'shuffled_pure')
     rows = [row(order, 'rope') for order in orders]
-    assert {tuple(c['arms']) for c in contrasts(rows, COMPARE)} == {
-        ('mha_topic_c4', 'mha_shuffled'), ('mha_topic_c4', 'mha_pseudo_c4'), ('mha_pseudo_c4', 'mha_shuffled'),
-        ('mha_topic_ordered_pure', 'mha_shuffled_pure'), ('mha_shuffled_pure', 'mha_shuffled')}
+    known = [('mha_topic_c4', 'mha_pseudo_c4'), ('mha_topic_ordered_pure', 'mha_shuffled_pure')]
+    with_base = ['mha_topic_c4', 'mha_pseudo_c4', 'mha_shuffled_pure']
+    found = {tuple(c['arms']) for c in contrasts(rows, COMPARE)}
+    assert found == {*known, *((arm, 'mha_shuffled') for arm in with_base)}
+    rows += [row('reshuffled', 'rope'), row('shuffled', 'rope') | {'repeat': 1}]
+    found = {tuple(c['arms']): c['label'] for c in contrasts(rows, COMPARE)}
+    known += [('mha_reshuffled', 'mha_shuffled'), ('mha_shuffled_rerun', 'mha_shuffled')]
+    assert found.keys() == {*known, *((arm, 'mha_shuffled', 'mha_reshuffled') for arm in with_base)}
+    assert found['mha_topic_c4', 'mha_shuffled', 'mha_reshuffled'] == 'mha_topic_c4 - base'
     assert contrasts(rows[:2], COMPARE | {'base': 'topic'}) == []
-    assert [c['named'] for c in contrasts([rows[0], row('topic_ordered', 'rope')], COMPARE)] == [True]
+    rows = [row(order, 'rope') for order in ('shuffled', 'topic_ordered', 'pseudo')]
+    assert [c['arms'][1] for c in contrasts(rows, COMPARE) if c['named']] == ['mha_shuffled']
+
+def test_base_is_the_mean_of_the_shuffles_that_are_there():
+    rows = [row(order, 'rope', seed, entropy=v) for seed in (0, 1) for order, v in zip(THREE, (5.0, 2.0, 3.0))]
+    assert compared(rows[:-1], TOPIC, 'rope', 'entropy')['differences'] == {0: 2.5, 1: 3.0}
 
 def test_effects_are_paired_by_seed():
     rows = []
     for seed in (0, 1):
-        rows += [row('shuffled', 'drope', seed, score_p=10 * seed), row('shuffled', 'kept', seed, score_p=5 * seed),
+        rows += [row('shuffled', 'drope', seed, score_p=10 * seed), row('shuffled', 'rope', seed, score_p=5 * seed),
                  row('topic_ordered', 'drope', seed, score_p=10 * seed + 2 + seed),
-                 row('topic_ordered', 'kept', seed, score_p=5 * seed + 1),
+                 row('topic_ordered', 'rope', seed, score_p=5 * seed + 1),
                  row('topic_ordered', 'drope', seed, steps=99, main=False, score_p=77)]
-    found = {(e['measure'], e['where']): e for e in effects(HEADER, rows)}
-    primary = found['score_p', 'drope - kept']
-    assert primary['differences'] == {0: 1, 1: 2} and primary['kind'] == 'primary' and primary['n'] == 2
-    assert primary['p'] == 0.5 and primary['p_adjusted'] is None
-    tested = {key for key, e in found.items() if e['kind'] == 'tested'}     # there are no RoPE rows
-    assert tested == {(m, 'drope') for m in ('score_p', 'val_loss', 'within', 'entropy', 'probe')}
-    assert found['score_p', 'drope']['differences'] == {0: 2, 1: 3}
-    assert found['score_p', 'drope']['p_adjusted'] is not None
-    assert found['score_p', 'kept']['p_adjusted'] is None and not any(m == 'score_o' for m, _ in found)
-    one = effects(HEADER, [r for r in rows if r['seed'] == 0])
+    header = HEADER | {'compare': COMPARE | {'primary': ['score_p', 'topic_ordered', 'rope']}}
+    found = {(e['measure'], e['where']): e for e in effects(header, rows)}
+    primary, other, explored = (found[key] for key in (('score_p', 'rope'), ('score_p', 'drope'), ('within', 'drope')))
+    assert (primary['kind'], primary['differences'], primary['p']) == ('primary', {0: 1, 1: 1}, 0.5)
+    assert (other['kind'], other['differences']) == ('tested', {0: 2, 1: 3}) and explored['kind'] == 'explored'
+    assert [e['p_adjusted'] is None for e in (primary, other, explored)] == [True, False, True]
+    tested = {key for key, e in found.items() if e['kind'] == 'tested'}
+    assert tested == {('score_p', 'drope'), *itertools.product(('val_loss', 'probe'), ('rope', 'drope'))}
+    one = effects(header, [r for r in rows if r['seed'] == 0])
     assert all((e['low'], e['p'], e['p_adjusted']) == (None, None, None) for e in one)
+    assert sum(m.role == 'tested' for m in report.MEASURES.values()) * len(report.FAMILY) <= 12
 
 def test_adjusted_over_common_seeds():
-    rows = [row(order, 'drope', seed, score_p=v + seed, within=None if (order, seed) == ('topic_ordered', 3) else v)
+    rows = [row(order, 'rope', seed, score_p=v + seed, score_o=None if (order, seed) == ('topic_ordered', 3) else v)
             for seed in range(4) for order, v in (('shuffled', 0.0), ('topic_ordered', 1.0))]
-    assert all(e['p_adjusted'] is not None for e in effects(HEADER, rows))
+    tested = [e for e in effects(HEADER, rows) if e['kind'] == 'tested']
+    assert {e['n'] for e in tested} == {3, 4} and all(e['p_adjusted'] is not None for e in tested)
 
-def curve(order, seed, losses, probe):
-    """Rows of an arm along its recalibration lengths: the middle probe is a function of the loss above the filter."""
-    return [row(order, 'drope', seed, i + 1, main=i == 0, excess=x, probe=(0, probe(x), 0))
-            for i, x in enumerate(losses)]
+@pytest.mark.parametrize('kept, p', [(1, 2 / 64), (0, None)])
+def test_after_drope_the_primary_wants_its_check(kept, p):
+    """Six seeds with an effect after DroPE: read where kept RoPE shows it, and the course tells their ratio."""
+    rows = []
+    for seed, steps, (where, v) in itertools.product(range(6), (10, 40), (('drope', 0.5), ('kept', kept))):
+        rows.append(row('shuffled', where, seed, steps, steps == 10))
+        rows.append(row('topic_ordered', where, seed, steps, steps == 10, score_p=v * steps / 10 + 0.1 * (-1) ** seed))
+    primary, = (e for e in effects(HEADER, rows) if e['kind'] == 'primary')
+    assert primary['p'] == p and ('nothing is concluded' in primary['note']) == (p is None)
+    for c in course(HEADER, rows):
+        ratio, low, _ = c['ratio']
+        assert c['drope']['mean'] == pytest.approx(c['steps'] / 20) and (low is None) == (not kept)
+        assert not kept or ratio == pytest.approx(0.5)
+    assert report.summary(HEADER, rows).count('unbounded |') == 2 * (not kept)
+
+def three_runs(rng, seeds=8, shared=1.0, topic=0.0, reliability=0.9):
+    """Rows of topic and of two shuffles: profiles of 2 x 8 heads with a shared part, CKA between any two."""
+    rows = []
+    for seed in range(seeds):
+        common, cka = rng.normal(0, shared, (2, 8)), rng.uniform(0.7, 0.95, 3) - [topic / 4, topic / 4, 0]
+        for order in THREE:
+            here = topic * (order == THREE[0])
+            P = common + rng.normal(0, 1 + 3 * here, (2, 8))
+            heads = {'score_p': P.tolist(), 'entropy': rng.normal(here, 1, (2, 8)).tolist()}
+            rows.append(row(order, 'rope', seed) | {'heads': heads, 'reliability': reliability, 'cka': {}})
+        rows[-3]['cka'] = {'mha_shuffled_rope': cka[0], 'mha_reshuffled_rope': cka[1]}
+        rows[-2]['cka'] = {'mha_reshuffled_rope': cka[2]}
+    return rows
+
+@pytest.mark.parametrize('measure', ['entropy_last', 'profile', 'cka'])
+def test_level_and_power(measure):
+    """Three exchangeable runs: p is under .05 in 5% of experiments, whatever two profiles share."""
+    rng = np.random.default_rng(0)
+    p = [compared(three_runs(rng), TOPIC, 'rope', measure)['p'] for _ in range(600)]
+    assert np.mean(np.array(p) <= 0.05) == pytest.approx(0.05, abs=0.025)
+    e = compared(three_runs(rng, topic=1.0), TOPIC, 'rope', measure)
+    assert e['p'] < 0.05 and e['low'] > 0
+
+@pytest.mark.parametrize('seeds', [6, 12])
+def test_no_shuffle_is_the_first(seeds):
+    rows = three_runs(np.random.default_rng(1), seeds)
+    for measure in report.PAIRS:
+        a, b = (compared(rows, contrast, 'rope', measure) for contrast in (TOPIC, SWAPPED))
+        assert (a['mean'], a['p']) == pytest.approx((b['mean'], b['p'])) and a['n'] == seeds
+
+def test_profile_and_cka_by_hand():
+    rows = three_runs(np.random.default_rng(2), seeds=2)
+    c = [np.log(1 - x) for x in (*rows[0]['cka'].values(), *rows[1]['cka'].values())]
+    assert compared(rows, TOPIC, 'rope', 'cka')['differences'][0] == pytest.approx((c[0] + c[1]) / 2 - c[2])
+    P = [np.array(r['heads']['score_p']) for r in rows[:3]]
+    z = np.arctanh(np.corrcoef([(x - x.mean(1)[:, None]).ravel() for x in P]) - np.eye(3))
+    e = compared(rows, TOPIC, 'rope', 'profile')
+    assert e['differences'][0] == pytest.approx(z[1, 2] - (z[0, 1] + z[0, 2]) / 2) and e['note'] == '; reliability 0.90'
+    e = compared(three_runs(np.random.default_rng(2), 4, topic=1.0), TOPIC, 'rope', 'cka')
+    assert e['p'] < 2 / 2 ** 4                                             # of 3^4 exchanges, not 2^4 signs
+    e = compared(three_runs(np.random.default_rng(2), reliability=0.79), TOPIC, 'rope', 'profile')
+    assert e['p'] is None and e['note'] == '; reliability 0.79: nothing is concluded' and e['mean'] is not None
+    two = [r for r in rows if r['order'] != 'reshuffled']
+    assert compared(two, TOPIC, 'rope', 'cka')['n'] == 0                   # not from one shuffle
 
 def test_equal_loss():
     """Arms that differ in loss alone do not differ at equal loss; a shift of the measure is found; no extrapolation."""
-    line = lambda x: 0.9 - 0.5 * x
     rows = []
-    for seed in range(3):
-        shifted = lambda x, shift=0.1 + 0.01 * seed: line(x) + shift
-        rows += [*curve('shuffled', seed, (0.5, 0.3, 0.1), line), *curve('topic_ordered', seed, (0.4, 0.2, 0.05), line),
-                 *curve('pseudo', seed, (0.4, 0.2), shifted),
-                 *curve('topic_c4', seed, (0.9, 0.8), line)]               # never as good as the others
+    for seed, (order, losses) in itertools.product(range(3), {
+            'shuffled': (0.5, 0.3, 0.1), 'topic_ordered': (0.4, 0.2, 0.05), 'pseudo': (0.4, 0.2),
+            'topic_c4': (0.9, 0.8)}.items()):                              # the last is never as good as the others
+        shift = (0.1 + 0.01 * seed) * (order == 'pseudo')
+        for i, x in enumerate(losses):
+            rows.append(row(order, 'drope', seed, i + 1, i == 0, excess=x, probe=(0, 0.9 - 0.5 * x + shift, 0)))
+        rows.append(row(order, 'drope', seed, 0, False, excess=2, probe=(0, 9, 0)))        # length 0
     found = {(*m['arms'], m['measure']): m for m in matched(HEADER, rows)}
     same, shifted = found['mha_topic_ordered', 'mha_shuffled', 'probe'], found['mha_pseudo', 'mha_shuffled', 'probe']
     assert same['mean'] == pytest.approx(0, abs=1e-9) and same['n'] == 3
@@ -133,11 +219,12 @@ def test_equal_loss():
     assert never and all(m['n'] == 0 and m['mean'] is None for m in never)
 
 def test_report_with_one_seed_and_with_several():
-    rows = [row(order, positions, seed) for seed in (0, 1) for order in ('shuffled', 'topic_ordered')
-            for positions in ('rope', 'drope', 'kept')]
+    bigram = {'equal': {'score_p': 0.138, 'score_o': 0.216}, 'posterior': None}
+    rows = [row(order, positions, seed) | {'bigram': bigram} for seed in (0, 1)
+            for order in ('shuffled', 'topic_ordered') for positions in ('rope', 'drope', 'kept')]
     text = report.summary(HEADER, rows, ['loss.png'])
     assert '| mha_topic_ordered_drope | 5.1000 ± 0.0000 |' in text and '(uniform 30.0%)' in text and '± 0.000' in text
-    assert 'figures/loss.png' in text and 'The smallest p that 2 seeds can give is 0.5.' in text
-    assert '## Realised order' in text
+    assert 'figures/loss.png' in text and '## Realised order' in text and 'P, topic_ordered - base, drope' in text
+    assert '| mha_shuffled_rope | +0.138 ± 0.000 | — | +0.216 ± 0.000 | — | 2 |' in text
     one = report.summary(HEADER, rows[:6])
-    assert 'One seed: no interval.' in one and 'nan' not in one and 'none | — | 1 | — | — |' in one
+    assert 'of one seed none' in one and 'nan' not in one and '| +0.0000 | — | 1 | — | — |' in one

@@ -72,7 +72,7 @@ def test_experiment(workspace):
     assert len(r['lens']['projection']['chance']) == 5 and r['config']['parent_order'] == 'topic'
     log = runs.read_log(f'{here}/out/tiny/gqa_topic_ordered_drope/seed1')
     assert r['val_loss'] == log[-1]['val_loss'] and np.sum(r['curve']['topics']) == 6 * 4
-    for name in ('loss', 'order', 'heads', 'maps', 'probe', 'effects', 'matched', 'lens'):
+    for name in ('loss', 'order', 'heads', 'maps', 'probe', 'effects', 'course', 'lens'):
         assert os.path.getsize(f'{here}/out/tiny/figures/{name}.png') > 5000
     text = open(f'{here}/out/tiny/summary.md').read()
     assert 'figures/loss.png' in text and 'mha_shuffled_rope' in text and 'mha_shuffled_rope' in printed
