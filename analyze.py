@@ -3,26 +3,31 @@ Measure a trained run: attention, probes, circuits and the operator by topic, in
 
     python analyze.py --run=out/single/mha_topic_ordered_rope/seed0
 
-Runs the checkpoint in fp32 over the first validation rows, layer by layer, every pattern causal. The measures
-are defined in measures.py and tensor_lens.py. examples.json beside the row has the attention of two heads on
-one row, as pictures. --causal=False is for one comparison only: it takes the mask away, as the log's own
-analysis did, and writes the two columns that this gives (entropy, within share) to unmasked.json.
+Runs the checkpoint in fp32 over the first validation rows, layer by layer, every pattern causal. The measures are
+defined in measures.py and tensor_lens.py. Beside the row, example.json has the attention of one head on one row, as a
+picture, and states.npy the hidden states that CKA compares. --causal=False is for one comparison only: it takes the
+mask away, as the log's own analysis did, and writes the two columns that this gives (entropy, within share) to
+unmasked.json.
 """
 import base64
+import functools
+import io
 import os
 import time
 import zlib
+from itertools import zip_longest
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import data_synth
 import measures
 import runs
 import tensor_lens
 from configurator import command
-from machine import memory_errors, progress, versions
+from machine import machine, memory_errors, progress, versions
 from model import build
 from train import open_finished
 
@@ -30,7 +35,7 @@ from train import open_finished
 # config
 
 run = ''                    # folder of the run
-analysis_rows = 400         # validation rows, the first ones [4, 2**31)
+analysis_rows = 400         # validation rows, the first ones [8, 2**31)
 probe_tokens = 50_000       # at most, half to train the probes and half, from other rows, to test them [100, 2**31)
 null_draws = 1000           # label exchanges behind O's z and p [1, 2**31)
 lens_rows = 200             # validation rows taken apart by topic, the first ones [2, 2**31)
@@ -40,6 +45,8 @@ device = ''                 # as in train.py
 
 # -----------------------------------------------------------------------------
 
+STATE_ROWS = 200            # rows whose states are kept for CKA
+GROUPS = 8                  # of rows, every eighth in one, behind errors and halves
 SETTINGS = ('analysis_rows', 'probe_tokens', 'null_draws', 'lens_rows', 'lens_draws')      # kept in the row
 NO_REFERENCES = dict.fromkeys(('uniform', 'bigram', 'filter', 'oracle'))        # of a dataset that has none
 
@@ -61,72 +68,91 @@ def outcome(val_loss, references):
 
 def validation_rows(cfg, c, data, device):
     """
-    The rows that are looked at: whole [n, T + 1], tokens and topics [n, T]; train and test, bool [n, T]: the
-    tokens of the probes, of different rows; batches: slices of rows whose patterns fit in memory.
+    The rows that are looked at, in equal groups: whole [n, T + 1], tokens and topics [n, T]; train and test, bool
+    [n, T]: the tokens of the probes, of different rows; batches: row numbers, as many of each group and as many as
+    memory takes the patterns of.
     """
     n, T = min(cfg.analysis_rows, len(data.val)), c['block_size']
-    if n < 4:
-        raise SystemExit(f'analyze.py: {len(data.val)} validation rows; at least 4 are needed')
+    n -= n % GROUPS
+    if not n:
+        raise SystemExit(f'analyze.py: {len(data.val)} validation rows; at least {GROUPS} are needed')
     whole = torch.tensor(data.val[:n].astype(int), device=device)
     topics = torch.tensor(data.val_topics[:n, :-1].astype(int), device=device)
     generator = torch.Generator().manual_seed(c['seed'])
-    masks = []
-    for tokens in measures.probe_tokens(n, T, cfg.probe_tokens, generator):
-        mask = torch.zeros(n * T, dtype=torch.bool)
-        mask[tokens] = True
-        masks.append(mask.view(n, T).to(device))
+    masks = measures.probe_tokens(n, T, cfg.probe_tokens, generator)
+    train, test = masks.to(device)
     memory = 4 << 30 if device.type == 'cuda' else 256 << 20
-    size = max(1, memory // (c['n_head'] * T * T * 40))                        # patterns in fp64, several copies
-    starts = range(0, n, size)
+    size = GROUPS * max(1, memory // (GROUPS * c['n_head'] * T * T * 40))      # patterns in fp64, several copies
     return SimpleNamespace(
         whole=whole,
         tokens=whole[:, :-1],
         topics=topics,
-        train=masks[0],
-        test=masks[1],
-        batches=[slice(start, start + size) for start in starts])
+        train=train,
+        test=test,
+        batches=torch.arange(n).split(size))
 
 def pass_over(model, rows, desc, allowed=None, causal=True):
     """
-    One pass over the rows, layer by layer: hidden states at the probes' tokens, [L + 1][train, test] of [n,
-    n_embd], and the attention sums of each layer [L], where its allowed keys [L] of [T, T] are given.
+    One pass over the rows. Returns the hidden states at the probes' tokens, [L + 1][train, test] of [n, n_embd];
+    the attention sums of each layer, of each group of rows [L][GROUPS], where the keys that each layer allows, [L] of
+    [T, T], are given; and the states of the middle layer, fp16 [n, T, n_embd].
     """
-    states, sums = {}, {}
+    states, middle = {}, []
+    sums = [[None] * GROUPS for _ in model.model.layers]
     for b in progress(rows.batches, desc=desc, unit='batch', leave=False):
         for depth, (hidden, pattern) in enumerate(model.trace(rows.tokens[b], causal)):
             part = hidden[rows.train[b]], hidden[rows.test[b]]
             states.setdefault(depth, []).append(part)
-            if allowed and pattern is not None:
-                keys = allowed[depth - 1]
-                part = measures.attention_sums(pattern, rows.topics[b], keys)
-                sums[depth] = measures.add(sums.get(depth), part)
+            if depth == len(model.model.layers) // 2:
+                middle.append(hidden.half().cpu())
+            if allowed and depth:
+                groups = sums[depth - 1]
+                for g in range(GROUPS):
+                    z = rows.topics[b[g::GROUPS]]
+                    part = measures.attention_sums(pattern[g::GROUPS], z, allowed[depth - 1])
+                    groups[g] = measures.add(groups[g], part)
     joined = []
     for parts in states.values():
         joined.append([torch.cat(split) for split in zip(*parts)])
-    return joined, list(sums.values())
+    return joined, sums, torch.cat(middle)
+
+def over_rows(sums, measure):
+    """
+    A measure of every head on even and on odd rows [2, L, H], and its standard error over rows [L, H], by the
+    jackknife that leaves out a group at a time (Efron & Tibshirani 1993, eq. 11.5).
+    """
+    halves, errors = [], []
+    for groups in sums:
+        even, odd = functools.reduce(measures.add, groups[::2]), functools.reduce(measures.add, groups[1::2])
+        halves.append(torch.stack([measure(even)[:-1], measure(odd)[:-1]]))
+        without = []
+        for g in range(GROUPS):
+            rest = functools.reduce(measures.add, groups[:g] + groups[g + 1:])
+            without.append(measure(rest)[:-1])
+        errors.append(torch.stack(without).std(0, correction=0) * (GROUPS - 1) ** 0.5)
+    return torch.stack(halves, 1), torch.stack(errors)
 
 def head_table(sums, draws, seed):
     """
-    Every measure of every head, {name: [L, H]}, from the sums of each layer; the same null draws for all of
-    them.
+    Every measure, {name: [L, H + 1]}, from the sums of each layer and group, the last head uniform attention; the
+    same null draws for all of them.
     """
-    nulls = [measures.o_null(s, draws, seed) for s in sums]
-    layers = [measures.head_measures(s, null) for s, null in zip(sums, nulls)]
+    by_layer = []
+    for groups in sums:
+        by_layer.append(measures.head_measures(functools.reduce(measures.add, groups), draws, seed))
     heads = {}
-    for name in layers[0]:
-        heads[name] = np.stack([layer[name] for layer in layers])
-    T, sd, drawn = (np.concatenate(parts, axis=-1) for parts in zip(*nulls))
-    heads['o_p_max'] = measures.max_statistic(T, sd, drawn).reshape(len(sums), -1)
+    for name in by_layer[0]:
+        heads[name] = torch.stack([layer[name] for layer in by_layer])
     return heads
 
 def unmasked(run, model, rows):
     """What the log's own analysis saw, attention without the causal mask, beside uniform; into unmasked.json."""
     keys = torch.ones_like(model.allowed(0, rows.tokens.size(1)))
     allowed = [keys] * len(model.model.layers)
-    _, sums = pass_over(model, rows, 'unmasked', allowed, causal=False)
-    heads = head_table(sums, draws=1, seed=0)
-    mean = {name: heads[name].mean() for name in ('entropy', 'within_all')}
-    chance = measures.uniform_measures(rows.topics, keys)
+    _, sums, _ = pass_over(model, rows, 'unmasked', allowed, causal=False)
+    table = head_table(sums, draws=1, seed=0)
+    mean = {name: table[name][:, :-1].mean() for name in ('entropy', 'within_all')}
+    chance = {name: table[name][:, -1].mean() for name in mean}
     result = {'causal': False, 'mean': mean, 'uniform': chance}
     runs.write_json(os.path.join(run, 'unmasked.json'), result)
     print(f'{run}, no causal mask (the log\'s columns): entropy {mean["entropy"]:.2f} nats, '
@@ -143,10 +169,31 @@ def ranks(model):
         gains = g1, attn.q_norm.weight, attn.k_norm.weight
         qk.append(measures.qk_rank(attn.q_proj.weight, attn.k_proj.weight, *gains))
         ov.append(measures.ov_rank(attn.o_proj.weight, attn.v_proj.weight, g1, attn.head_dim))
-    found = {'ov_rank': torch.stack(ov).cpu().numpy()}
+    found = {'ov_rank': torch.stack(ov)}
     if model.stock_positions():
-        found['qk_rank'] = torch.stack(qk).cpu().numpy()
+        found['qk_rank'] = torch.stack(qk)
     return found
+
+def attention_columns(model, fresh, sums, draws, seed):
+    """
+    What a row has of attention and circuits, beside their levels without structure: uniform attention, the weights
+    of the untrained model `fresh`. sums: of each layer and group [L][GROUPS]; draws, seed: of the null.
+    """
+    table = head_table(sums, draws, seed)
+    heads = {name: x[:, :-1] for name, x in table.items()} | ranks(model)      # [L, H]
+    uniform = {name: x[:, -1].mean() for name, x in table.items()}
+    init_rank = {name: x.mean(1) for name, x in ranks(fresh).items()}          # [L]
+    uniform |= {name: x.mean() for name, x in init_rank.items()}
+    halves, errors = over_rows(sums, measures.score_p)
+    _, excess_errors = over_rows(sums, measures.excess_mass)
+    return {
+        'mean': {name: x.nanmean() for name, x in heads.items()},
+        'uniform': uniform,
+        'heads': heads,
+        'halves': {'score_p': halves},
+        'reliability': measures.reliability(halves),
+        'errors': {'score_p': errors, 'excess_mass': excess_errors},
+        'init_rank': init_rank}
 
 def example(model, rows, score):
     """
@@ -154,7 +201,7 @@ def example(model, rows, score):
     max-pooled to at most 256 a side, a byte a cell, zlib, base64.
     """
     row = measures.runs(rows.topics)[1].argmax()
-    best = np.nan_to_num(score).argmax()
+    best = score.nan_to_num().argmax()
     layer, head = divmod(int(best), score.shape[1])
     patterns = [pattern for _, pattern in model.trace(rows.tokens[row][None])]
     pattern = patterns[layer + 1][:, head]                                     # [1, T, T]
@@ -170,6 +217,64 @@ def example(model, rows, score):
         'shape': cells.shape,
         'max': small.max(),
         'uint8': base64.b64encode(deflated).decode()}
+
+# -----------------------------------------------------------------------------
+# what else the rows, and other runs, are compared with
+
+def bigrams(meta, tokens):
+    """
+    The bigram that ends at each of the tokens [n, T], as a number: of tokens, or of groups in a group chain. And what
+    it says of the topic, P(z | bigram) [n, T, K]; None where no chain made the data. Token 0 stands before the first.
+    """
+    tokens = F.pad(tokens, (1, 0))
+    group, belief = tokens, None
+    if meta.get('kind') == 'synthetic':
+        stream, *_ = np.random.SeedSequence(meta['seed']).spawn(3)             # that of the tables
+        made = data_synth.make_tables(SimpleNamespace(**meta), stream)
+        P, _, row_of = (torch.from_numpy(x).to(tokens.device) for x in made)
+        tables = P, row_of
+        group = row_of[tokens]
+        prior = data_synth.topic_given_token(tables)[tokens[:, :-1].T]         # [T, n, K]
+        joint = prior * data_synth.likelihood(tokens, tables)
+        belief = (joint / joint.sum(2, keepdim=True)).transpose(0, 1)
+    return group[:, :-1] * meta['vocab_size'] + group[:, 1:], belief
+
+def bigram_references(rows, meta, keys):
+    """
+    P and O of two heads that know one bigram at each end, on these rows and allowed keys [T, T]: {name: {'score_p',
+    'score_o'}}. `equal` looks at all keys with the query's bigram alike, at all keys where none has it; `posterior`
+    at each by the chance that it shares the query's topic, sum_z P(z | bigram of t) P(z | bigram of s); None without
+    a chain. Both look at far keys alone, as P and O do: others would take what mass they have.
+    """
+    bigram, belief = bigrams(meta, rows.tokens)
+    far = keys.tril(-measures.MIN_DISTANCE)
+    sums = None
+    for b in rows.batches:
+        code = bigram[b]
+        weights = [code[:, :, None] == code[:, None]]
+        if belief is not None:
+            weights.append(belief[b] @ belief[b].mT)
+        A = (torch.stack(weights, 1).double() + 1e-9) * far                    # [B, 1 or 2, T, T]
+        A = (A / A.sum(-1, keepdim=True)).nan_to_num()                         # the first queries have no far keys
+        part = measures.attention_sums(A, rows.topics[b], keys)
+        sums = measures.add(sums, part)
+    P = measures.score_p(sums)[:-1]                                            # the last is uniform attention
+    O = measures.score_o(sums)
+    scores = [{'score_p': p, 'score_o': o} for p, o in zip(P, O)]
+    return dict(zip_longest(('equal', 'posterior'), scores))
+
+def compare_states(run, other, device=''):
+    """CKA of the middle layer's states in two run folders, into the row of the first; nothing where one has none."""
+    device, *_ = machine(device)
+    states = []
+    for folder in (run, other):
+        path = os.path.join(folder, 'states.npy')
+        if not os.path.exists(path) or not runs.read_row(folder):
+            return
+        states.append(torch.from_numpy(np.load(path)).to(device).flatten(0, 1))       # [rows * T, n_embd]
+    row = runs.read_row(run)
+    cka = {runs.read_row(other)['condition']: measures.cka(*states)}
+    runs.write_json(os.path.join(run, 'row.json'), row | {'cka': row['cka'] | cka})
 
 # -----------------------------------------------------------------------------
 # probes
@@ -204,10 +309,9 @@ def probe_table(c, rows, states, untrained, embedded, posterior):
         references[name] = [k.mean() for k in found]
     references['running_mean'] = references['running_mean'][0]
 
-    x_train = rows.tokens[rows.train].cpu().numpy()
-    x_test = rows.tokens[rows.test].cpu().numpy()
-    y_train = rows.topics[rows.train].cpu().numpy()
-    y_test = rows.topics[rows.test].cpu().numpy()
+    masks = rows.train, rows.test
+    x_train, x_test = (rows.tokens[mask].cpu().numpy() for mask in masks)
+    y_train, y_test = (rows.topics[mask].cpu().numpy() for mask in masks)
     references['majority'] = measures.majority(y_train, y_test)
     references['token'] = measures.token_identity(x_train, y_train, x_test, y_test, c['vocab_size'])
     distance = measures.distance_from_boundary(rows.topics)[rows.test].cpu().numpy()
@@ -245,18 +349,14 @@ def analyse(cfg):
     for layer in range(c['n_layer']):
         allowed.append(model.allowed(layer, c['block_size']))
     desc = f'analyse {os.path.relpath(cfg.run)}'
-    states, sums = pass_over(model, rows, desc, allowed)
+    states, sums, kept = pass_over(model, rows, desc, allowed)
+    file = io.BytesIO()
+    np.save(file, kept[:STATE_ROWS])
+    runs.write_bytes(os.path.join(cfg.run, 'states.npy'), file.getbuffer())
     fresh = build(c, torch.Generator().manual_seed(c['seed'])).to(device)
-    untrained, _ = pass_over(fresh, rows, 'untrained')
-
-    # ---- attention and circuits, beside their levels without structure
-    heads = head_table(sums, cfg.null_draws, c['seed']) | ranks(model)
-    mean = {name: np.ma.masked_invalid(x).mean() for name, x in heads.items()}
-    by_layer = [measures.uniform_measures(rows.topics, keys) for keys in allowed]
-    uniform = {name: np.mean([x[name] for x in by_layer]) for name in by_layer[0]}
-    init_rank = {name: x.mean(1) for name, x in ranks(fresh).items()}          # [L]
-    for name, x in init_rank.items():
-        uniform[name] = x.mean()
+    untrained, *_ = pass_over(fresh, rows, 'untrained')
+    attention = attention_columns(model, fresh, sums, cfg.null_draws, c['seed'])
+    bigram = bigram_references(rows, data.meta, allowed[0])
 
     # ---- probes, and the operator by topic
     embedded = model.model.embed_tokens(rows.tokens).detach()
@@ -269,19 +369,18 @@ def analyse(cfg):
     lens = tensor_lens.own_topic_shares(model, rows.whole[:n], rows.topics[:n], *draws)
 
     # ---- the row comes last: it says that all is done
-    shown = example(model, rows, heads['score_p'])
+    shown = example(model, rows, attention['heads']['score_p'])
     runs.write_json(os.path.join(cfg.run, 'example.json'), shown)
     references = NO_REFERENCES | (data.meta.get('references') or {})
     seconds = {'train': records[-1]['seconds'], 'analysis': time.time() - clock}
-    row = runs.columns(c) | {
+    row = runs.columns(c) | attention | {
         'main': runs.is_main(cfg.run),
         'measures_version': measures.VERSION,
         **outcome(records[-1]['val_loss'], references),
-        'orderedness': runs.orderedness(records),
-        'mean': mean,
-        'uniform': uniform,
-        'heads': heads,
-        'init_rank': init_rank,
+        'orderedness': runs.orderedness(records, 'topics'),
+        'orderedness_by_token': runs.orderedness(records, 'tokens'),
+        'bigram': bigram,
+        'cka': {},
         'probe': probe,
         'lens': lens,
         'curve': runs.curve(records),
@@ -291,7 +390,7 @@ def analyse(cfg):
         'config': c}
     runs.write_json(os.path.join(cfg.run, 'row.json'), row)
     middle = c['n_layer'] // 2
-    P = runs.show(runs.plain(mean['score_p']), '.3f')
+    P = runs.show(runs.plain(attention['mean']['score_p']), '.3f')
     print(f'{cfg.run}: val loss {row["val_loss"]:.4f}, P {P}, probe[{middle}] {probe["accuracy"][middle]:.3f}, '
           f'{seconds["analysis"]:.0f} s')
 

@@ -5,9 +5,9 @@ A[t, s] is the attention of query t on key s and z[t] the topic of token t. allo
 lets query t look at key s; uniform attention is 1 / (number of allowed keys) on each of them. A run is a
 maximal stretch of one topic.
 
-Batches of rows go through attention_sums -> add -> head_measures, in fp64: a head that depends on position
-alone scores P = 0 to rounding. Rows are the unit of every error: the tokens of a row share a few runs, so
-errors per token are far too small.
+Batches of rows go through attention_sums -> add -> head_measures, in fp64: a head that depends on position alone
+scores P = 0 to rounding. H heads come back as H + 1: the last is uniform attention, the level of chance. Rows are
+the unit of every error: the tokens of a row share a few runs, so errors per token are far too small.
 """
 from types import SimpleNamespace
 
@@ -15,15 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
+from scipy.stats import binned_statistic
 from threadpoolctl import threadpool_limits
 from torch.distributions import Categorical
 
-VERSION = 1                                 # raise it when a definition changes; rows say which made them
+VERSION = 2                                 # raise it when a definition changes; rows say which made them
+MIN_DISTANCE = 16                           # of the pairs t - s that P and O look at
 EPS = 0.01                                  # share of uniform attention in P and O: heads without far mass score 0
 BINS = (0, 1, 2, 4, 8, 16, 32, 64, 128)     # distances from a boundary, by the lower edge of their bin
-
-def to_numpy(x):
-    return x.double().cpu().numpy()
 
 # -----------------------------------------------------------------------------
 # topics
@@ -52,59 +51,33 @@ def exchanged(z, draws, generator):
     changed = source[0] != own
     return z[source.to(z.device)], changed.to(z.device)
 
-# -----------------------------------------------------------------------------
-# the keys that a query may look at, and what uniform attention makes of them
-
-def or_causal(allowed, z):
-    """The allowed keys, bool [T, T]; those of plain causal attention if None."""
-    if allowed is not None:
-        return allowed
-    t = torch.arange(z.shape[1], device=z.device)
-    return t[:, None] >= t
-
-def same_keys(z, allowed=None):
-    """Topics [B, T] -> how many of its allowed keys (None: causal) share the query's topic [B, T], fp64."""
-    by_topic = or_causal(allowed, z).double() @ F.one_hot(z).double()  # [T, T] @ [B, T, K]
-    return by_topic.gather(2, z[:, :, None])[:, :, 0]
-
 def distance_from_boundary(z):
     """Topics [B, T] -> tokens since the start of the run [B, T]; -1 in the first, which no boundary opens."""
     run, _ = runs(z)
-    return torch.where(run > 0, same_keys(run).long() - 1, -1)
-
-def uniform_measures(z, allowed=None):
-    """
-    What uniform attention over the allowed keys (None: causal; all ones: the old log's columns) gives on rows
-    of topics z [B, T]: {'entropy' nats, 'within', 'within_all'}, floats. within is nan if no query has a
-    choice.
-    """
-    n_keys = or_causal(allowed, z).sum(-1).double()                   # [T]
-    u = same_keys(z, allowed) / n_keys                                # [B, T]
-    return {
-        'entropy': n_keys.log().mean().item(),
-        'within': u[u < 1].mean().item(),
-        'within_all': u.mean().item()
-    }
+    same_run = run[:, :, None] == run[:, None]
+    so_far = same_run.tril().sum(2)                                   # tokens of the run, this one included
+    return torch.where(run > 0, so_far - 1, -1)
 
 # -----------------------------------------------------------------------------
 # attention: sums over rows
 
-def attention_sums(A, z, allowed=None, min_distance=16):
+def attention_sums(A, z, allowed, min_distance=MIN_DISTANCE):
     """
     What the measures of one layer need of a batch of rows: a dict on A's device, combined by `add`.
 
-    A [B, H, T, T] attention, z int64 [B, T] topics, allowed bool [T, T] the keys that the layer lets a query
-    look at (None: causal). P and O look at the pairs that are allowed, with t - s >= min_distance and s >= 1.
-    On these, and 0 elsewhere: S [H, T, T] sums A over rows, S1 sums A where t and s share a topic, U [T, T] is
-    uniform attention, and `blocks` has for each row the mass between its runs [H, R, R]. n1 [T, T] counts rows
-    where t and s share a topic. All else is [H] or [1], summed over rows and queries. Peak memory: about four
-    times A in fp64.
+    A [B, H, T, T] attention, z int64 [B, T] topics, allowed bool [T, T] the keys that the layer lets a query look at.
+    Uniform attention on these is one more head, the last: chance. P and O look at the pairs that are allowed, with
+    t - s >= min_distance and s >= 1. On these, and 0 elsewhere: S [H + 1, T, T] sums A over rows, S1 sums A where t
+    and s share a topic, W [H + 1, T, 1] sums the mass m of each query and W1 [H + 1, T, T] sums m where t and s share
+    a topic; `blocks` has for each row the mass between its runs [H + 1, R, R]. n1 [T, T] counts rows where t and s
+    share a topic. All else is [H + 1] or [1], summed over rows and queries. Peak memory: about five times A in fp64.
     """
-    A = A.double()
-    allowed = or_causal(allowed, z)
     pairs = allowed.tril(-min_distance)
     pairs[:, 0] = False                                               # the sink
     n_keys = allowed.sum(-1).double()
+    uniform = allowed / n_keys[:, None]                               # fp64
+    uniform = uniform.expand(len(A), 1, -1, -1)
+    A = torch.cat((A, uniform), 1)
     same = (z[:, :, None] == z[:, None])[:, None]                     # [B, 1, T, T]
     choice = (same & allowed).sum(-1) < n_keys                        # [B, 1, T] other topics are in reach
 
@@ -120,7 +93,6 @@ def attention_sums(A, z, allowed=None, min_distance=16):
         # A / w on the same-topic keys has entropy ln w + part / w; weighted by its mass w that is w ln w + part
         'entropy_within': torch.xlogy(within, within) + part,
         'entropy_cross': torch.xlogy(cross, cross) + entropy - part,
-        'entropy_uniform': n_keys.log().expand(choice.shape),
         'within': within,
         'cross': cross,
         'choice': choice,
@@ -131,49 +103,76 @@ def attention_sums(A, z, allowed=None, min_distance=16):
     sums = {name: x.sum((0, 2)) for name, x in by_query.items()}
 
     member = F.one_hot(runs(z)[0]).double()[:, None]                  # [B, 1, T, R]
-    blocks = member.mT @ ((A * pairs) @ member)                       # [B, H, R, R]
+    far = A * pairs
+    blocks = member.mT @ (far @ member)                               # [B, H, R, R]
+    mass = far.sum(-1, keepdim=True)                                  # [B, H, T, 1]
     return sums | {
         'z': list(z),
         'blocks': list(blocks),
-        'S': A.sum(0) * pairs,
+        'S': far.sum(0),
         'S1': A1.sum(0) * pairs,
-        'n1': same.sum((0, 1)),
-        'U': pairs / n_keys[:, None]
+        'W': mass.sum(0),
+        'W1': (mass * same).sum(0),
+        'n1': same.sum((0, 1))
     }
 
 def add(total, part):
     """Two results of attention_sums -> that of their rows together. total may be None; neither is changed."""
     if total is None:
         return part
-    assert torch.equal(total['U'], part['U']), 'sums over different pairs (T, mask or min_distance) do not add'
-    both = {key: total[key] + part[key] for key in total}             # lists are joined
-    return both | {'U': part['U']}
+    return {key: total[key] + part[key] for key in total}             # lists are joined
 
 # -----------------------------------------------------------------------------
 # attention: measures
 
 def log_ratio(same, other, uniform):
     """
-    ln of the mass on the same topic over that on others, both [H, ...] and summed over all but heads: numpy
-    [H]. Sums are clamped at 0, and EPS of uniform attention's is mixed in.
+    ln of the mass [H] on the same topic over that on others. Both are clamped at 0, and EPS of uniform
+    attention's, a number, is mixed in.
     """
-    mass = torch.stack((same, other)).flatten(2).sum(2).clamp(min=0)  # [2, H]
-    same, other = (1 - EPS) * mass + EPS * uniform.sum()
-    return to_numpy((same / other).log())
+    same, other = ((1 - EPS) * mass.clamp(min=0) + EPS * uniform for mass in (same, other))
+    return (same / other).log()
+
+def matched_mass(sums):
+    """
+    X1 and X0, each [H]: mass on pairs that share a topic and that do not, weighted to be alike in position and in
+    the mass that the query has to give.
+
+    X1 = sum S1 W0/W, X0 = sum S0 W1/W, sums over the pairs (t, s) of attention_sums; S0 = S - S1, W0 = W - W1.
+    Terms with W = 0 are 0.
+    """
+    same = (sums['W1'] / sums['W']).nan_to_num()                      # [H, T, T]
+    X1 = sums['S1'] * (1 - same)
+    X0 = (sums['S'] - sums['S1']) * same
+    return X1.sum((1, 2)), X0.sum((1, 2))
 
 def score_p(sums):
     """
-    Position-matched score P [H]: topic or contiguity; 0 for any head that depends on position alone.
+    Position-matched score P [H]: topic or contiguity. 0 for a head that depends on position alone, also where the
+    query decides how much of its mass goes far: A_r(t, s) = w_r(t) k(t, s) on the pairs.
 
-    P = ln [(1-eps) sum pi a1 + eps sum pi U] / [(1-eps) sum pi a0 + eps sum pi U], pi = n1 n0/(n1+n0), over the
-    pairs of attention_sums. n1, n0: rows where t and s share a topic, or not; a1, a0: mean A over those; U:
-    uniform attention. nan if no pair is both.
+    P = ln [(1-eps) X1 + eps U] / [(1-eps) X0 + eps U], X of matched_mass, U = sum n1 n0/n uniform(t, s); in n1 of
+    the n rows t and s share a topic, in n0 they do not. nan if no pair is both.
     """
-    n1 = sums['n1']                                                   # [T, T]
-    n0 = len(sums['z']) - n1
-    same = sums['S1'] * n0                                            # pi a1, all three times n1 + n0
-    other = (sums['S'] - sums['S1']) * n1
-    return log_ratio(same, other, sums['U'] * n1 * n0)
+    n = len(sums['z'])
+    n1 = sums['n1']
+    U = sums['S'][-1] / n * n1 * (n - n1) / n
+    return log_ratio(*matched_mass(sums), U.sum())
+
+def excess_mass(sums):
+    """How much of its attention a head's P is about [H]: X1 - X0 of matched_mass, per query."""
+    X1, X0 = matched_mass(sums)
+    n = torch.stack(sums['z']).numel()
+    return (X1 - X0) / n
+
+def reliability(P):
+    """
+    Split-half reliability of a profile over heads, each layer less its mean, from that on two halves of the rows,
+    P [2, L, H]: 2r / (1 + r), what r says of all rows together (Spearman 1910, Brown 1910). 0 where r < 0.
+    """
+    profiles = P - P.mean(2, keepdim=True)
+    r = F.cosine_similarity(*profiles.flatten(1), dim=0).clamp(min=0)           # centred: the correlation
+    return 2 * r / (1 + r)
 
 def other_blocks(sums):
     """
@@ -194,9 +193,8 @@ def other_blocks(sums):
     d = q - p
     pairs = ((p > 0) & (p < 1)).tril(-2)
 
-    patterns = torch.cat((sums['S'] / len(z), sums['U'][None]))       # [H + 1, T, T]
-    blocks = torch.einsum('nti,hts,nsj->hnij', member, patterns, member)
-    E = blocks[:-1, pairs]                                            # [H, P]
+    E = torch.einsum('nti,hts,nsj->hnij', member, sums['S'] / len(z), member)
+    E = E[:, pairs]                                                   # [H + 1, P]
     B = []
     for block, mine in zip(sums['blocks'], pairs):
         i, j = torch.where(mine)
@@ -210,7 +208,7 @@ def other_blocks(sums):
         d=d[pairs],
         p=p[pairs],
         B=B,
-        U=blocks[-1, pairs],
+        U=E[-1],
         R=R
     )
 
@@ -224,15 +222,18 @@ def score_o(sums):
     """
     o = other_blocks(sums)
     shift = o.R * o.d                                                 # R q/p = R + R d/p
-    return log_ratio(o.B + shift / o.p, o.B - shift / (1 - o.p), o.U)
+    same = o.B + shift / o.p
+    other = o.B - shift / (1 - o.p)
+    return log_ratio(same.sum(1), other.sum(1), o.U.sum())
 
-def o_null(sums, draws=1000, seed=0):
+def o_null(sums, draws, seed):
     """
-    T = sum R d [H], its sd [H] and draws [draws, H] if topics say nothing. sd is inf where it is rounding.
+    z and p of O [H]: of T = sum R d, against draws T* where topics say nothing. z = T / sd(T*), p = (1 + #{|T*| >=
+    |T|}) / (1 + draws); 0 and 1 where sd is rounding, less than 1e-5 of the block mass.
 
     A draw exchanges whole label sequences between rows with the same number of runs, so neighbours stay
     distinct. It depends on z and seed alone: all heads and layers share it. Exact if, given their number, run
-    lengths do not depend on topics. Rounding: less than 1e-5 of the block mass.
+    lengths do not depend on topics.
     """
     generator = torch.Generator().manual_seed(seed)
     z = torch.stack(sums['z'])
@@ -243,53 +244,57 @@ def o_null(sums, draws=1000, seed=0):
 
     o = other_blocks(sums)
     drawn_d = torch.stack([o.all_d[rows][o.pairs] for rows in source])  # [draws, P]
-    T = o.R @ o.d
     drawn = drawn_d @ o.R.mT                                          # [draws, H]
     sd = drawn.square().mean(0).sqrt()                                # its mean is 0: q averages to p
     sd = torch.where(sd > 1e-5 * o.B.sum(1), sd, torch.inf)
-    return [to_numpy(x) for x in (T, sd, drawn)]
-
-def null_p(z, drawn):
-    """p = (1 + #{|z*| >= |z|}) / (1 + draws) of z [H] among draws [draws, H or 1]."""
-    tail = np.abs(drawn) >= np.abs(z) * (1 - 1e-9)                    # equal but for rounding is a tie
-    return (1 + tail.sum(0)) / (1 + len(drawn))
-
-def null_z_p(T, sd, draws):
-    """z = T / sd and its p of each head [H], from o_null; z = 0, p = 1 where sd is inf."""
-    z = T / sd
-    return z, null_p(z, draws / sd)
-
-def max_statistic(T, sd, draws):
-    """p [H] adjusted for all heads (max-|z|): T, sd [H], draws [draws, H] of o_null, layers joined along H."""
-    return null_p(T / sd, np.abs(draws / sd).max(1, keepdims=True))   # the largest of each draw [draws, 1]
+    score = o.R @ o.d / sd
+    tail = (drawn / sd).abs() >= score.abs() * (1 - 1e-9)             # equal but for rounding is a tie
+    return score, (1 + tail.double().sum(0)) / (1 + draws)
 
 def share(a, b, n):
     """a / b, sums over n queries; nan where b is no mass to speak of."""
     return torch.where(b > 1e-9 * n, a / b, torch.nan)
 
-def head_measures(sums, null):
+def head_measures(sums, draws, seed):
     """
-    Every measure of every head of a layer: name -> float64 array [H], nan where undefined.
+    Every measure of every head of a layer: name -> fp64 [H], nan where undefined.
 
-    Over all queries: entropy (nats), entropy_ratio (to uniform attention), entropy_within, entropy_cross
-    (renormalised, weighted by mass), within_all, sink (s=0), self (s=t). Over queries with a choice of topics:
-    within, within_cross_ratio. Then score_p, score_o, o_z, o_p. null: the result of o_null.
+    Over all queries: entropy (nats), entropy_within, entropy_cross (renormalised, weighted by mass), within_all,
+    sink (s=0), self (s=t). Over queries with a choice of topics: within, within_cross_ratio. Then score_p, excess_mass,
+    score_o, o_z, o_p; draws, seed: of o_null.
     """
-    n = len(sums['z']) * len(sums['U'])                               # queries
-    found = {
+    n = torch.stack(sums['z']).numel()                                # queries
+    z, p = o_null(sums, draws, seed)
+    return {
         'entropy': sums['entropy'] / n,
-        'entropy_ratio': sums['entropy'] / sums['entropy_uniform'],
         'entropy_within': share(sums['entropy_within'], sums['within'], n),
         'entropy_cross': share(sums['entropy_cross'], sums['cross'], n),
         'within': sums['choice_within'] / sums['choice'],
         'within_all': sums['within'] / n,
         'within_cross_ratio': share(sums['choice_within'], sums['cross'], n),
         'sink': sums['sink'] / n,
-        'self': sums['self'] / n
+        'self': sums['self'] / n,
+        'score_p': score_p(sums),
+        'excess_mass': excess_mass(sums),
+        'score_o': score_o(sums),
+        'o_z': z,
+        'o_p': p
     }
-    found = {name: to_numpy(x) for name, x in found.items()}
-    z, p = null_z_p(*null)
-    return found | {'score_p': score_p(sums), 'score_o': score_o(sums), 'o_z': z, 'o_p': p}
+
+# -----------------------------------------------------------------------------
+# hidden states
+
+def cka(X, Y):
+    """
+    Linear CKA of the states X [n, d] and Y [n, e] of the same n tokens in two models: from 0 to 1, equal but for
+    rotation, shift and scale.
+
+    |Y'X|^2 / (|X'X| |Y'Y|), Frobenius norms, X and Y centred (Kornblith et al. 2019).
+    """
+    X, Y = (x - x.mean(0) for x in (X.double(), Y.double()))
+    cross = (Y.mT @ X).norm() ** 2
+    own = (X.mT @ X).norm() * (Y.mT @ Y).norm()
+    return (cross / own).item()
 
 # -----------------------------------------------------------------------------
 # probes
@@ -298,16 +303,15 @@ def probe_tokens(n_rows, block, max_tokens, generator):
     """
     Tokens for a probe, split by row: half of the rows to train on, the others to test on.
 
-    Returns [train, test]: sorted int64 indices [<= max_tokens / 2] into [n_rows * block], drawn from a
-    torch.Generator.
+    Returns train and test, bool [2, n_rows, block], at most max_tokens / 2 each, drawn from a torch.Generator.
     """
     order = torch.randperm(n_rows, generator=generator)
-    parts = []
-    for rows in order.tensor_split([n_rows // 2]):
+    masks = torch.zeros(2, n_rows * block, dtype=torch.bool)
+    for mask, rows in zip(masks, order.tensor_split([n_rows // 2])):
         tokens = (rows[:, None] * block + torch.arange(block)).flatten()
         drawn = torch.randperm(len(tokens), generator=generator)
-        parts.append(tokens[drawn[:max_tokens // 2]].sort().values)
-    return parts
+        mask[tokens[drawn[:max_tokens // 2]]] = True
+    return masks.view(2, n_rows, block)
 
 def probe_loss(w, x, onehot):
     """scikit-learn's objective at C = 1 and its gradient; flat w [K * (d + 1)], x [n, d + 1], onehot [n, K]."""
@@ -318,7 +322,7 @@ def probe_loss(w, x, onehot):
     logp = (x @ w.mT).log_softmax(1)
     loss = (w * l2).sum() / 2 - (logp * onehot).sum() / n
     gradient = ((logp.exp() - onehot) / n).mT @ x + l2
-    return loss.item(), to_numpy(gradient.flatten())
+    return loss.item(), gradient.flatten().double().cpu().numpy()
 
 def probe(x_train, y_train, x_test):
     """
@@ -333,6 +337,7 @@ def probe(x_train, y_train, x_test):
     sd = x_train.std(0, correction=0)
     sd = torch.where(sd > 1e-6 * mean.abs(), sd, 1.)                  # constant but for rounding
     x, x_test = (F.pad((x - mean) / sd, (0, 1), value=1.) for x in (x_train, x_test))      # [n, d + 1]
+    onehot = F.one_hot(y).to(x)
     start = np.zeros(len(topics) * x.shape[1])
     options = {
         'maxls': 50,
@@ -340,7 +345,7 @@ def probe(x_train, y_train, x_test):
         'ftol': 64 * np.finfo(float).eps
     }
     with threadpool_limits(1, 'blas'):                                # scipy's would get in torch's way
-        found = minimize(probe_loss, start, (x, F.one_hot(y).to(x)), 'L-BFGS-B', jac=True, options=options)
+        found = minimize(probe_loss, start, (x, onehot), 'L-BFGS-B', jac=True, options=options)
     W = torch.from_numpy(found.x).to(x).view(len(topics), -1)         # [K, d + 1], the intercept last
     return topics[(x_test @ W.mT).argmax(1)]
 
@@ -351,8 +356,10 @@ def running_mean(x, window=32):
 
     What a probe could read without any attention to content. Sums in fp64, result as x.
     """
-    near = or_causal(None, x).triu(1 - window).double()               # [T, T] the last `window` tokens
-    return (near @ x.double() / near.sum(-1, keepdim=True)).to(x)
+    T = x.size(1)
+    near = x.new_ones(T, T).double().tril().triu(1 - window)          # the last `window` tokens
+    total = near @ x.double()
+    return (total / near.sum(-1, keepdim=True)).to(x)
 
 def control_labels(vocab, n_topics, seed):
     """
@@ -383,14 +390,10 @@ def by_distance(correct, distance):
     """
     Accuracy in bins 0, 1, 2-3, 4-7, ..., 128 and up of the distance from the last boundary (-1 is left out).
 
-    Arrays correct, distance [n] -> {'distance': lower edges, 'accuracy'}, lists; None where a bin is empty.
+    Arrays correct, distance [n] -> {'distance': lower edges, 'accuracy'}; nan where a bin is empty.
     """
-    which = np.digitize(distance, BINS) - 1
-    accuracy = []
-    for k in range(len(BINS)):
-        part = correct[which == k]
-        accuracy.append(float(part.mean()) if len(part) else None)
-    return {'distance': list(BINS), 'accuracy': accuracy}
+    accuracy = binned_statistic(distance, correct, bins=[*BINS, np.inf]).statistic
+    return {'distance': BINS, 'accuracy': accuracy}
 
 # -----------------------------------------------------------------------------
 # circuits: weights are [out, in], as in Hugging Face; query head h reads kv head h // (H / K)

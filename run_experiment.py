@@ -192,6 +192,9 @@ def make_arm(cfg, arm, seed, plan):
             changes = {'keep_rope': run.config['keep_rope'], 'recal_data_dir': run.config['data_dir']}
             drope.recalibrate(stage(cfg, 'drope.py', run=parent.folder, **changes), run.length)
         analyze.main(stage(cfg, 'analyze.py', run=run.folder, causal=True))
+    for other in set(cfg.arms) - {arm}:                     # with those that are there; later ones see this one
+        for mine, theirs in zip(plan, arm_runs(cfg, other, seed)):
+            analyze.compare_states(mine.folder, theirs.folder, cfg.device)
 
 def collect(cfg):
     """runs.jsonl of the plan's rows that are there; published at once: another machine will know what is done."""

@@ -278,13 +278,13 @@ def read_log(folder):
                     records.append(json.loads(line))
     return [r for r in records if 'step' in r]
 
-def orderedness(records):
+def orderedness(records, key):
     """
-    Mutual information of the step (bins of the log) and the dominant topic of a row, over the entropy of the
-    topics: 1 if the step tells the topic, about (K-1)/(2 rows a bin) / H, near 0, for shuffled rows. None without
-    topics.
+    Mutual information of the step (bins of the log) and the topic, over the entropy of the topics: 1 if the step tells
+    the topic; for shuffled rows about (K-1)/(2 rows a bin) / H, near 0. key: 'topics', the dominant ones of rows, or
+    'tokens', those of all their tokens. None without topics.
     """
-    counts = [r['topics'] for r in records if sum(r['topics'])]                # [bins][K]
+    counts = [r[key] for r in records if sum(r.get(key, ()))]                  # [bins][K]
     H = entropy(np.sum(counts, 0)) if counts else 0
     return mutual_info_score(None, None, contingency=np.array(counts)) / H if H else None
 

@@ -101,17 +101,6 @@ def readout(model):
     W = model.model.embed_tokens.weight.detach()
     return W - W.mean(0)
 
-def token_contributions(model, idx, position, target):
-    """What each token of a row idx [T] adds, signed, to the logit of `target` at a position (above the mean over the
-    vocabulary): [T], by one backward pass. Their sum is the logit."""
-    x = model.model.embed_tokens(idx[None]).detach().requires_grad_()           # [1, T, n_embd]
-    parts = x[:, :, None]
-    for _, linear in frozen(model, idx[None]):
-        parts = linear(parts)
-    logit = parts[0, position, 0] @ readout(model)[target]
-    gradient, = torch.autograd.grad(logit, x)
-    return (gradient * x).sum(-1)[0].detach()
-
 # -----------------------------------------------------------------------------
 # the share of a position's own topic
 

@@ -104,7 +104,7 @@ def test_what_is_undefined_is_null():
     same = {'uniform': 3.0, 'bigram': 2.0, 'filter': 2.0, 'oracle': 1.0}
     found = analyze.outcome(2.5, same)
     assert found['gap_closed'] is None and found['excess'] == 0.5
-    assert runs.orderedness([{'topics': [5, 0]}, {'topics': [4, 0]}]) is None          # one topic tells nothing
+    assert runs.orderedness([{'topics': [5, 0]}, {'topics': [4, 0]}], 'topics') is None          # one topic tells nothing
     assert runs.plain({'a': np.array([1.0, np.nan]), 'b': torch.tensor(np.nan)}) == {'a': [1.0, None], 'b': None}
     assert report.t_interval([1.0]) == (1.0, None, None) and report.sign_flip_p([1.0]) is None
     assert report.fieller({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0}) == (None, None, None)

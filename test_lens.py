@@ -12,7 +12,7 @@ import shards
 import tensor_lens
 from configurator import configure
 from model import Qwen3, load
-from tensor_lens import frozen, own_topic_shares, readout, token_contributions, topic_parts
+from tensor_lens import frozen, own_topic_shares, readout, topic_parts
 from test_measures import make_rows
 from test_model import fork, tiny
 from test_train import TINY, run
@@ -84,16 +84,6 @@ def test_unfrozen_jacobian_fails(rope):
         return (*out, model.model.norm(out[-1]))
     jacobian = torch.autograd.functional.jacobian(depths, model.model.embed_tokens(idx[0]))
     assert not rebuilds(jacobian, model, idx[0], tolerance=0.1) and rebuilds(operator(model, idx[0]), model, idx[0])
-
-def test_token_contributions_are_rows_of_t():
-    model, idx, _ = case('gqa 3:1')
-    x, T = model.model.embed_tokens(idx[0]), operator(model, idx[0])[-1]
-    for position, target in ((7, 3), (4, 40)):
-        found = token_contributions(model, idx[0], position, target)
-        assert torch.allclose(found, torch.einsum('n,njm,jm->j', readout(model)[target], T[position], x), atol=1e-10)
-        logits = model(idx[:1])[0, position]
-        assert found.sum().item() == pytest.approx((logits[target] - logits.mean()).item(), abs=1e-10)
-        assert (found[position + 1:] == 0).all() and (found[:position + 1] != 0).all()
 
 # -----------------------------------------------------------------------------
 # the share of the own topic and its chance level

@@ -1,5 +1,7 @@
 """Tests of measures.py, on attention made by hand and on rows of topics like the project's."""
+import functools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,55 +10,41 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+import analyze
+import data_synth
 import measures as M
 
 torch.set_num_threads(1)                                         # small tensors: more threads only wait
 
-def make_rows(n, T=128, K=5, seed=0, min_run=16, weights=None, repeats=False):
-    """Topics [n, T]: 2-5 segments, lengths a uniform composition; neighbours distinct, or drawn anew (repeats)."""
+def make_rows(n, T=128, K=5, seed=0, min_run=16, repeats=False, merged=0):
+    """Topics [n, T] of the group chain: 2-5 segments; the topics up to `merged` are one, so they are not as likely."""
     rng = np.random.default_rng(seed)
-    z = np.empty((n, T), dtype=np.int64)
-    for row in z:
-        m = rng.integers(2, 6)
-        cuts = np.sort(rng.choice(T - m * min_run + m - 1, m - 1, replace=False)) - np.arange(m - 1)
-        lengths = np.diff([0, *cuts, T - m * min_run]) + min_run
-        topics = []
-        for _ in range(m):
-            p = np.array(weights or [1] * K, float)
-            if topics and not repeats:
-                p[topics[-1]] = 0
-            topics.append(rng.choice(K, p=p / p.sum()))
-        row[:] = np.repeat(topics, lengths)
-    return torch.from_numpy(z)
+    lengths = data_synth.draw_segments(rng, 'group', n, T, 2, 5, min_run)
+    return torch.from_numpy(data_synth.draw_topics(rng, lengths, K, repeats).astype(int)).clamp(min=merged)
 
-KINDS = [dict(), dict(repeats=True), dict(weights=(4, 2, 1, 1, .5))]
+KINDS = [dict(), dict(repeats=True), dict(merged=1)]
 VOCAB = 512
 
 def draw_tokens(z, own, seed=0):
     """Tokens [n, T]: any, whatever the topic, but a share `own` from the topic's own fifth of the vocabulary."""
     rng = np.random.default_rng(seed)
     of_topic = z.numpy() * (VOCAB // 5) + rng.integers(VOCAB // 5, size=z.shape)
-    anywhere = rng.integers(VOCAB, size=z.shape)
-    return torch.from_numpy(np.where(rng.random(z.shape) < own, of_topic, anywhere))
+    return torch.from_numpy(np.where(rng.random(z.shape) < own, of_topic, rng.integers(VOCAB, size=z.shape)))
 
 def normalise(weight):
     weight = weight.tril().double()
     return weight / weight.sum(-1, keepdim=True)
 
 def distances(T):
-    t = torch.arange(T)
-    return (t[:, None] - t).clamp(min=0).double()
+    return (torch.arange(T)[:, None] - torch.arange(T)).clamp(min=0).double()
 
 def position_heads(z):
-    """Heads that depend on position alone [B, 8, T, T]."""
+    """Heads that depend on position alone [B, 7, T, T]."""
     T = z.shape[1]
     d, s = distances(T), torch.arange(T).double().expand(T, T)
-    uniform, sink, own, window = torch.ones(T, T), s == 0, s == s.mT, d < 8
-    previous = (d == 1) + own * sink
-    fixed = (s == 10) + 1e-3 * own
-    decay_sink = (-d / 32).exp() + 20 * sink
+    sink, own = s == 0, s == s.mT
     wave = 1 + torch.cos(d / 5) * torch.cos(s / 7)
-    heads = uniform, sink, previous, own, window, fixed, decay_sink, wave
+    heads = torch.ones(T, T), sink, d < 8, own, (s == 10) + 1e-3 * own, (-d / 32).exp() + 20 * sink, wave
     return torch.stack([normalise(w) for w in heads]).expand(len(z), -1, -1, -1)
 
 def run_heads(z):
@@ -82,15 +70,19 @@ def topic_heads(z):
     heads = same, apart, near * (0.1 * same).exp(), near * (0.3 * same).exp(), 1 - 0.6 * same
     return torch.stack([normalise(w) for w in heads], 1)
 
-def streamed(heads, *rows, batch=4, **kw):
+def causal(z):
+    return torch.ones(z.shape[1], z.shape[1]).tril().bool()
+
+def streamed(heads, *rows, batch=4):
     """attention_sums of patterns heads(*rows), batch by batch; rows: topics z [n, T], what else heads read."""
     total = None
     for part in zip(*(r.split(batch) for r in rows)):
-        total = M.add(total, M.attention_sums(heads(*part), part[0], **kw))
+        total = M.add(total, M.attention_sums(heads(*part), part[0], causal(part[0])))
     return total
 
 def measured(sums, draws=10):
-    return M.head_measures(sums, M.o_null(sums, draws))
+    """All measures of the heads, without the last, uniform attention."""
+    return {name: x[:-1].numpy() for name, x in M.head_measures(sums, draws, seed=0).items()}
 
 # -----------------------------------------------------------------------------
 # slow, independent versions
@@ -103,7 +95,7 @@ def slow_by_query(A, z, allowed):
     whole = stats.entropy(A, axis=-1).mean()
     within, cross = (np.nan_to_num(stats.entropy(A * part, axis=-1)) for part in (same, ~same))      # nan: no mass
     return {
-        'entropy': whole, 'entropy_ratio': whole / np.log(n_keys).mean(),
+        'entropy': whole,
         'entropy_within': np.average(within, weights=w), 'entropy_cross': np.average(cross, weights=o),
         'within': w[mixed].mean(), 'within_all': w.mean(), 'within_cross_ratio': w[mixed].sum() / o[mixed].sum(),
         'sink': A[:, :, 0].mean(), 'self': np.diagonal(A, axis1=1, axis2=2).mean()}
@@ -112,13 +104,14 @@ def slow_ratio(same, other, floor):
     return math.log((.99 * max(same, 0) + .01 * floor) / (.99 * max(other, 0) + .01 * floor))
 
 def slow_p(A, z, pairs, uniform):
-    sums = np.zeros(3)
+    """P and the excess mass."""
+    m, sums = (A * pairs).sum(2), np.zeros(3)
     for t, s in np.argwhere(pairs):
         same = z[:, t] == z[:, s]
-        if same.any() and not same.all():
-            pi = same.sum() * (~same).sum() / len(z)
-            sums += pi * np.array([A[same, t, s].mean(), A[~same, t, s].mean(), uniform[t, s]])
-    return slow_ratio(*sums)
+        share = m[same, t].sum() / m[:, t].sum()
+        chance = same.sum() * (~same).mean() * uniform[t, s]
+        sums += A[same, t, s].sum() * (1 - share), A[~same, t, s].sum() * share, chance
+    return slow_ratio(*sums), (sums[0] - sums[1]) / z.size
 
 def slow_o(A, z, pairs, uniform):
     """O and its T."""
@@ -140,39 +133,64 @@ def slow_o(A, z, pairs, uniform):
     return slow_ratio((F + R * q / p).sum(), (F + R * (1 - q) / (1 - p)).sum(), U.sum()), (R * (q - p)).sum()
 
 FULL = torch.ones(40, 40).bool()
-ALLOWED = {'causal': None, 'the last 8': FULL.tril().triu(-7), 'everything': FULL}
+ALLOWED = {'causal': FULL.tril(), 'the last 8': FULL.tril().triu(-7), 'everything': FULL}
 
 @pytest.mark.parametrize('keys', ALLOWED)
-@pytest.mark.parametrize('kind', [dict(), dict(repeats=True), dict(weights=(3, 2, 1))])
+@pytest.mark.parametrize('kind', [dict(), dict(repeats=True), dict(merged=1)])
 def test_every_measure_equals_the_slow_version(kind, keys):
-    z = make_rows(24, T=40, K=3, min_run=3, seed=3, **kind)
-    allowed = FULL.tril() if keys == 'causal' else ALLOWED[keys]
+    z = make_rows(24, T=40, K=3 + kind.get('merged', 0), min_run=3, seed=5, **kind)
+    allowed = ALLOWED[keys]
     same = (z[:, :, None] == z[:, None, :])[:, None]
     noise = 2 * torch.randn(24, 3, 40, 40, generator=torch.Generator().manual_seed(0)).double()
     A = (noise + same * torch.tensor([0., 1, 6]).view(3, 1, 1)).masked_fill(~allowed, -torch.inf).softmax(-1)
-    sums = M.attention_sums(A, z, ALLOWED[keys], min_distance=4)
-    fast, (fast_t, _, _), uniform = measured(sums), M.o_null(sums, 10), M.uniform_measures(z, ALLOWED[keys])
+    sums = M.attention_sums(A, z, allowed, min_distance=4)
+    fast, blocks, uniform = measured(sums), M.other_blocks(sums), M.head_measures(sums, 10, seed=0)
     A, z, allowed = A.numpy(), z.numpy(), allowed.numpy()
     pairs = allowed & np.tri(40, k=-4, dtype=bool) & (np.arange(40) >= 1)
     u = allowed / allowed.sum(1, keepdims=True)
     for h in range(3):
-        slow = slow_by_query(A[:, h], z, allowed) | {'score_p': slow_p(A[:, h], z, pairs, u)}
+        slow = slow_by_query(A[:, h], z, allowed)
+        slow['score_p'], slow['excess_mass'] = slow_p(A[:, h], z, pairs, u)
         slow['score_o'], slow_t = slow_o(A[:, h], z, pairs, u)
-        assert fast_t[h] == pytest.approx(slow_t, rel=1e-9)
+        assert (blocks.R[h] @ blocks.d).item() == pytest.approx(slow_t, rel=1e-9)
         assert set(slow) | {'o_z', 'o_p'} == set(fast)
         for name, value in slow.items():
             assert fast[name][h] == pytest.approx(value, rel=1e-8, abs=1e-12), name
-    slow = slow_by_query(np.broadcast_to(u, (24, 40, 40)), z, allowed)
-    assert uniform == pytest.approx({key: slow[key] for key in ('entropy', 'within', 'within_all')}, rel=1e-12)
+    for name, value in slow_by_query(np.broadcast_to(u, (24, 40, 40)), z, allowed).items():
+        assert uniform[name][-1].item() == pytest.approx(value, rel=1e-12, nan_ok=True), name
 
 # -----------------------------------------------------------------------------
 # P and O: what they find and what they leave alone
 
+def gated(A, gate):
+    """Patterns A [B, H, T, T] times gate [B, T], the rest of the mass on the sink."""
+    A = A * gate[:, None, :, None]
+    A[..., 0] += 1 - A.sum(-1)
+    return A
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_position_alone_scores_zero(kind):
-    out = measured(streamed(position_heads, make_rows(100, T=256, min_run=32, seed=1, **kind)), 100)
+    """For P also where topic, boundary and chance decide how much of a query's mass goes anywhere but to the sink."""
+    z, g = make_rows(100, T=256, min_run=32, seed=1, **kind), torch.Generator().manual_seed(0)
+    out = measured(streamed(position_heads, z), 100)
     assert (np.abs(out['score_p']) < 1e-12).all() and (np.abs(out['score_o']) < 1e-12).all()
     assert (out['o_z'] == 0).all() and (out['o_p'] == 1).all()
+    def heads(z):
+        near = torch.sigmoid(2 - M.distance_from_boundary(z) / 16)
+        return gated(position_heads(z), (1 + z) / 5 * near * torch.rand(z.shape, generator=g))
+    assert (np.abs(measured(streamed(heads, z))['score_p']) < 1e-12).all()
+
+def test_p_of_planted_topic_heads():
+    """Log-odds c on the query's topic, on a decay of 64; last, .3 in a head that goes to the sink past a boundary."""
+    def heads(z):
+        same = (z[:, :, None] == z[:, None]).double()
+        A = torch.stack([normalise((c * same - distances(256) / 64).exp()) for c in (-3, -1, -.3, .3, 1, 3)], 1)
+        after = M.distance_from_boundary(z)                      # -1 before the first
+        return torch.cat((A, gated(A[:, 3:4], 0.02 + 0.98 * ((after >= 0) & (after < 16)))), 1)
+    samples = [measured(streamed(heads, make_rows(400, T=256, min_run=32, seed=k)))['score_p'] for k in range(3)]
+    *P, past = np.mean(samples, 0)
+    assert P == pytest.approx([-1.17, -.45, -.14, .14, .46, 1.49], abs=0.05)
+    assert past == pytest.approx(P[3], abs=0.02)
 
 @pytest.mark.parametrize('repeats', [False, True])
 def test_topic_blind_heads_leave_o_alone(repeats):
@@ -200,56 +218,30 @@ def test_topical_heads_are_found(kind):
 
 @pytest.mark.parametrize('repeats', [False, True])
 def test_null_is_calibrated(repeats):
-    """300 draws of 60 rows, run and token heads: p uniform for each, and the max-statistic keeps its level."""
+    """300 draws of 60 rows, run and token heads: p uniform for each."""
     rows = make_rows(300 * 60, T=48, min_run=6, seed=7, repeats=repeats)
     tokens = draw_tokens(rows, 0), draw_tokens(rows, 0.5)
     affinity = 1.5 * torch.randn(1, VOCAB, VOCAB, generator=torch.Generator().manual_seed(7))
-    p_values, z_values, any_head = [], [], 0
+    found = []
     for draw, (z, *seen) in enumerate(zip(*(r.split(60) for r in (rows, *tokens)))):
         A = torch.cat((run_heads(z)[:, 1:], *(token_heads(x, affinity) for x in seen)), 1)
-        null = M.o_null(M.attention_sums(A, z, min_distance=4), 199, seed=draw)
-        (score, p), adjusted = M.null_z_p(*null), M.max_statistic(*null)
-        assert (adjusted >= p - 1e-12).all() and p[1] == 1       # the run before reaches no other: sd is rounding
-        p_values.append(p[[0, 2, 3]])
-        z_values.append(score[[0, 2, 3]])
-        any_head += adjusted.min() <= 0.1
-    for p in np.stack(p_values, 1):
-        assert stats.kstest(p, 'uniform').pvalue > 0.01 / 3      # three heads
-    assert (abs(np.mean(z_values, 0)) < 0.2).all() and (abs(np.std(z_values, 0) - 1) < 0.2).all()
-    assert stats.binomtest(any_head, 300, 0.1).pvalue > 0.01
-
-def test_null_draws_by_hand():
-    """Three rows, one pair each: T* takes the values of R . q[perm], each as often; heads share draws."""
-    z = torch.tensor([[0] * 4 + [1] * 4 + [0] * 4, [0] * 4 + [1] * 4 + [2] * 4, [2] * 4 + [0] * 4 + [1] * 4])
-    A = normalise(torch.rand(3, 2, 12, 12, generator=torch.Generator().manual_seed(0)))
-    sums = M.attention_sums(A, z, min_distance=2)
-    R = M.other_blocks(sums).R[0].numpy()
-    _, _, draws = M.o_null(sums, draws=600)
-    for value in R - R.sum() / 3:
-        assert 150 < np.isclose(draws[:, 0], value).sum() < 250
-    assert np.allclose(M.o_null(M.attention_sums(A[:, 1:], z, min_distance=2), 600)[2][:, 0], draws[:, 1])
-    assert not np.allclose(M.o_null(sums, 600, seed=1)[2], draws)
-
-def test_p_and_max_statistic():
-    draws = np.array([[-3 * (1 - 1e-13), 1], [2.9, 0], [4, 5], [0, -3.5]])     # a tie but for rounding counts
-    T, sd, level = np.array([3., 0]), np.array([1.5, 1]), np.array([1.5, np.inf])      # inf: rounding
-    z, p = M.null_z_p(T + [0, 9], level, draws)
-    assert z.tolist() == [2, 0] and p.tolist() == [3 / 5, 1]
-    assert M.max_statistic(T + [0, 9], level, draws).tolist() == [3 / 5, 1]
-    assert M.max_statistic(T, sd, draws).tolist() == [4 / 5, 1]                # max |z*|: 2, 1.9, 5, 3.5
+        score, p = M.o_null(M.attention_sums(A, z, causal(z), min_distance=4), 199, seed=draw)
+        assert p[1] == 1                                         # the run before reaches no other: sd is rounding
+        found.append((score[[0, 2, 3]], p[[0, 2, 3]]))
+    for score, p in np.array(found).transpose(2, 1, 0):          # three heads, [300] each
+        assert stats.kstest(p, 'uniform').pvalue > 0.01 / 3
+        assert abs(score.mean()) < 0.2 and abs(score.std() - 1) < 0.2
 
 def test_batches_add_up_and_inputs_are_left_alone():
     z = make_rows(45, seed=8)
     z = z[M.runs(z)[1].argsort()]                                # the first batch has fewer runs than the second
     A = torch.cat((topic_heads(z), run_heads(z)), 1)
-    before, once = A.clone(), measured(M.attention_sums(A, z), 50)
-    part, rest = M.attention_sums(A[:20], z[:20]), M.attention_sums(A[20:], z[20:])
+    before = A.clone()
+    once, part, rest = (M.attention_sums(A[rows], z[rows], causal(z)) for rows in (slice(45), slice(20), slice(20, 45)))
     kept = {key: torch.stack(list(value)) for key, value in part.items()}
-    for key, value in measured(M.add(part, rest), 50).items():
-        assert np.allclose(value, once[key], equal_nan=True), key
+    for (key, value), whole in zip(measured(M.add(part, rest)).items(), measured(once).values()):
+        assert np.allclose(value, whole, equal_nan=True), key
     assert torch.equal(A, before) and all(torch.equal(kept[key], torch.stack(list(part[key]))) for key in part)
-    with pytest.raises(AssertionError, match='different pairs'):
-        M.add(part, M.attention_sums(A, z, min_distance=8))
 
 def test_undefined_is_nan():
     z = make_rows(60, seed=6)
@@ -257,8 +249,8 @@ def test_undefined_is_nan():
         out = measured(streamed(heads, z))
         assert np.isnan(out['within_cross_ratio'][h]) and np.isnan(out['entropy_cross'][h])
     out = measured(streamed(position_heads, torch.zeros(4, 32, dtype=torch.long)))      # one topic, no choice
-    undefined = 'within', 'within_cross_ratio', 'score_p', 'score_o', 'entropy_cross'
-    assert all(np.isnan(out[key]).all() for key in undefined)
+    for key in ('within', 'within_cross_ratio', 'score_p', 'score_o', 'entropy_cross'):
+        assert np.isnan(out[key]).all()
     assert (out['o_p'] == 1).all() and (out['o_z'] == 0).all() and (out['within_all'] > 1 - 1e-6).all()
 
 def test_runs_and_distances():
@@ -267,20 +259,62 @@ def test_runs_and_distances():
     assert run.tolist() == [[0, 0, 1, 1, 1, 2], [0] * 6] and count.tolist() == [3, 1]
     assert M.distance_from_boundary(z).tolist() == [[-1, -1, 0, 1, 2, 0], [-1] * 6]
     distance = np.array([-1, 0, 1, 2, 3, 4, 7, 8, 127, 128, 500, -1])
-    out = M.by_distance(np.array([0, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0, 0]), distance)
-    assert out == {'distance': [0, 1, 2, 4, 8, 16, 32, 64, 128], 'accuracy': [1, 0, .5, 1, 0, None, None, 1, .5]}
+    out = M.by_distance(np.array([0, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0, 0], bool), distance)
+    assert np.array_equal(out['accuracy'], [1, 0, .5, 1, 0, np.nan, np.nan, 1, .5], equal_nan=True)
+
+def test_error_over_rows():
+    """The jackknife's error of P and of excess mass is the spread over samples of rows, of any head."""
+    found = []
+    for k in range(40):
+        z = make_rows(80, T=64, min_run=8, seed=k)
+        groups = [M.attention_sums(topic_heads(z[g::8]), z[g::8], causal(z)) for g in range(8)]
+        for measure in (M.score_p, M.excess_mass):
+            halves, errors = analyze.over_rows([groups], measure)
+            found.append((measure(functools.reduce(M.add, groups))[:-1], errors[0], halves[:, 0].mean(0)))
+    for values, errors, halves in (map(torch.stack, zip(*found[i::2])) for i in (0, 1)):
+        moving = values.std(0) > 1e-9
+        assert ((errors.square().mean(0).sqrt() / values.std(0))[moving] - 1).abs().max() < 0.35 and moving.any()
+        assert (halves - values).abs().mean() < values.std(0).max()
+
+def test_reliability():
+    """Noise as large as the profile, on each half: r = 1/2, so 2/3 for all rows. The level of a layer says nothing."""
+    profile, level, *noise = torch.randn(4, 40, 100, generator=torch.Generator().manual_seed(0))
+    noise = torch.stack(noise) + 9 * level[:, :1]
+    assert M.reliability(profile + noise).item() == pytest.approx(2 / 3, abs=0.03) and M.reliability(noise) < 0.05
+    assert M.reliability(torch.stack((profile, -profile))) == 0 and M.reliability(noise[:, :1, :1]) == 0
+
+def test_bigram_references():
+    """A seed of config/structured.py, against the mean of 8."""
+    meta = dict(kind='synthetic', chain='group', n_topics=5, vocab_size=512, block_size=256, seed=1, beta=1.5,
+                n_groups=32, min_segment_len=32, repeats=False)
+    chain, (table_stream, _, val_stream) = SimpleNamespace(**meta), np.random.SeedSequence(1).spawn(3)
+    _, *search = (torch.from_numpy(x) for x in data_synth.make_tables(chain, table_stream))
+    drawn = data_synth.draw_rows(chain, val_stream, 1000, data_synth.VAL_SEGMENTS, *search)
+    tokens, z = (torch.from_numpy(x[:400, :-1].astype(int)) for x in drawn)
+    rows = SimpleNamespace(tokens=tokens, topics=z, batches=torch.arange(400).split(20))
+    found = analyze.bigram_references(rows, meta, causal(z))
+    for name, P, O in (('equal', .138, .216), ('posterior', .201, .290)):
+        assert {k: x.item() for k, x in found[name].items()} == pytest.approx({'score_p': P, 'score_o': O}, abs=0.02)
+
+def test_cka_is_that_of_gram_matrices():
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(60, 8, generator=g) + 5
+    Y = X[:, :5] + torch.randn(60, 5, generator=g)
+    H = torch.eye(60) - 1 / 60
+    K, L = (H @ (x @ x.mT) @ H for x in (X, Y))
+    assert M.cka(X, Y) == pytest.approx(((K * L).sum() / (K.norm() * L.norm())).item(), rel=1e-4) and M.cka(X, Y) < 0.9
+    assert M.cka(X, 3 * X @ torch.linalg.qr(torch.randn(8, 8, generator=g)).Q + 7) == pytest.approx(1, abs=1e-5)
 
 # -----------------------------------------------------------------------------
 # probes and circuits
 
 @pytest.mark.parametrize('n_rows, max_tokens', [(11, 60), (4, 10 ** 6)])
 def test_probe_tokens_share_no_row(n_rows, max_tokens):
-    parts, again = (M.probe_tokens(n_rows, 16, max_tokens, torch.Generator().manual_seed(0)) for _ in range(2))
-    rows = [set((x // 16).tolist()) for x in parts]
-    assert not rows[0] & rows[1] and rows[0] | rows[1] <= set(range(n_rows))
-    for part, k in zip(parts, (n_rows // 2, n_rows - n_rows // 2)):
-        assert len(part) == len(part.unique()) == min(max_tokens // 2, 16 * k)
-    assert all(torch.equal(a, b) for a, b in zip(parts, again))
+    masks, again = (M.probe_tokens(n_rows, 16, max_tokens, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert masks.shape == (2, n_rows, 16) and torch.equal(masks, again)
+    assert (masks.any(2).sum(0) <= 1).all()
+    for mask, k in zip(masks, (n_rows // 2, n_rows - n_rows // 2)):
+        assert mask.sum() == min(max_tokens // 2, 16 * k)
 
 @pytest.mark.filterwarnings('error')
 @pytest.mark.parametrize('n, d, K', [(2000, 64, 5), (1000, 200, 3), (600, 100, 8)])
@@ -304,17 +338,15 @@ def test_probe_is_scikit_learns(n, d, K):
     assert (M.probe(train, torch.full_like(y, 3), test) == 3).all()
 
 def test_references():
-    state, labels = torch.get_rng_state(), M.control_labels(5000, 5, seed=1)
+    state, (labels, again, other) = torch.get_rng_state(), (M.control_labels(5000, 5, seed) for seed in (1, 1, 2))
     assert labels.dtype == torch.int64 and torch.equal(state, torch.get_rng_state())
-    again, other = M.control_labels(5000, 5, 1), M.control_labels(5000, 5, 2)
     assert torch.equal(labels, again) and not torch.equal(labels, other)
     assert labels.shape == (5000,) and stats.chisquare(labels.bincount()).pvalue > 0.01 and labels.max() == 4
     x, y = np.array([0, 0, 0, 1, 1, 2, 3]), np.array([1, 1, 0, 2, 2, 0, 1])
     assert M.majority(y, np.array([1, 1, 0, 2])) == 0.5
     # token 0 -> 1, 1 -> 2, 2 -> 0, 3 -> 1, 4 unseen -> 1; a tie falls back on the majority as well
     assert M.token_identity(x, y, np.array([0, 1, 2, 3, 4]), np.array([1, 2, 0, 1, 1]), 6) == 1
-    tied = np.append(x, 2), np.append(y, 2)
-    assert M.token_identity(*tied, np.array([2, 2, 5, 0]), np.array([0, 1, 0, 0]), 6) == 0.25
+    assert M.token_identity(np.append(x, 2), np.append(y, 2), np.array([2, 2, 5, 0]), np.array([0, 1, 0, 0]), 6) == 0.25
     x = 5 + torch.randn(2, 150, 3, generator=torch.Generator().manual_seed(0))
     for window in (1, 8, 32, 200):                               # a window longer than the row is all of it
         slow = torch.stack([x[:, max(t + 1 - window, 0):t + 1].mean(1) for t in range(150)], 1)

@@ -245,9 +245,9 @@ def test_rows_on_disk(tmp_path):
 
 def test_orderedness_and_curve():
     bins = lambda *counts: [{'topics': list(c)} for c in counts]
-    assert orderedness(bins((10, 0), (0, 10))) == pytest.approx(1)
-    assert orderedness(bins((5, 5), (5, 5))) == pytest.approx(0)
-    assert 0.1 < orderedness(bins((8, 2), (2, 8))) < 0.5 and orderedness([{'topics': [0, 0]}]) is None
+    assert orderedness(bins((10, 0), (0, 10)), 'topics') == pytest.approx(1)
+    assert orderedness(bins((5, 5), (5, 5)), 'topics') == pytest.approx(0)
+    assert 0.1 < orderedness(bins((8, 2), (2, 8)), 'topics') < 0.5 and orderedness([{'topics': [0, 0]}], 'tokens') is None
     records = [{'step': i, 'loss': float(i), 'val_loss': i / 2 if i % 50 == 0 else None, 'lr': 0.1, 'topics': [1, i]}
                for i in range(1001)]
     found = curve(records)

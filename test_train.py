@@ -17,7 +17,7 @@ import shards
 from bench import plain_step
 from model import build
 from runs import read_log
-from train import ORDERS, compiled, dominant_topic, lr_scale, optimizers, row_order, training_step
+from train import ORDERS, compiled, count_topics, lr_scale, optimizers, row_order, training_step
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--head_dim=8', '--mlp_hidden=24', '--batch_size=8',
@@ -96,7 +96,8 @@ def test_topic_order_is_blocks():
     assert n_blocks(row_order(LABELS, 100, 'pseudo', seed=1)) > 40           # blocks of a label that means nothing
 
 def test_dominant_topic_and_learning_rate():
-    assert dominant_topic(np.array([[0, 1, 1], [2, 2, 1], [0, 1, 2]]), 3).tolist() == [1, 2, 0]
+    counts = count_topics(np.array([[0, 1, 1], [2, 2, 1], [0, 1, 2]]), 3)
+    assert counts.tolist() == [[1, 2, 0], [0, 1, 2], [1, 1, 1]] and counts.argmax(1).tolist() == [1, 2, 0]
     lr = [lr_scale(s, 1000, 500) for s in range(1000)]
     assert lr[0] == 1 / 50 and lr[49] == 1 and max(lr) == 1 and 0 < lr[-1] < 1e-5     # warm-up is at most a twentieth
     assert lr_scale(499, 10_000, 500) == 1 and lr_scale(5250, 10_000, 500) == pytest.approx(0.5)

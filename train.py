@@ -103,9 +103,9 @@ def row_order(labels, n_rows, order='shuffled', cycles=1, cooldown_rows=0, seed=
             part[:] = ORDERS[order](part, labels, np.random.default_rng([own_seed, stream, 1]))
     return rows
 
-def dominant_topic(topics, n_topics):
-    """The most frequent label of each row [N], ties to the lowest. topics: [N, T]."""
-    return np.argmax([(topics == k).sum(1) for k in range(n_topics)], axis=0)
+def count_topics(topics, n_topics):
+    """Tokens of each topic in each row [N, n_topics]; topics: [N, T]. The largest is the row's dominant topic."""
+    return np.stack([(topics == k).sum(1) for k in range(n_topics)], 1)
 
 # -----------------------------------------------------------------------------
 # the optimizers: Muon for the matrices of the blocks, AdamW for the rest
@@ -319,13 +319,14 @@ def start_log(folder, ckpt, device):
     write_text(os.path.join(folder, 'log.jsonl'), ''.join(lines))
     return kept[-1]['seconds'] if kept else 0.0
 
-def log_line(folder, c, step, loss, val_loss, tok_s, topics, seconds):
-    """Add a line to log.jsonl. topics: dominant topics of the rows read since the last line."""
+def log_line(folder, c, step, loss, val_loss, tok_s, counts, seconds):
+    """Add a line to log.jsonl. counts: tokens of each topic in the rows read since the last line [rows, n_topics]."""
     record = {
         'step': step, 'loss': loss if step else None, 'val_loss': val_loss,
         'lr': c['muon_lr'] * lr_scale(step - 1, c['max_iters'], c['warmup_iters']) if step else 0.0,
         'tok_s': round(tok_s), 'seconds': round(seconds, 2),
-        'topics': np.bincount(topics, minlength=c['n_topics']).tolist()}
+        'topics': np.bincount(counts.argmax(1), minlength=c['n_topics']).tolist(),
+        'tokens': counts.sum(0).tolist()}
     append_log(folder, record)
 
 def fit(model, c, data, folder, where, stream=0):
@@ -341,10 +342,10 @@ def fit(model, c, data, folder, where, stream=0):
         dist.barrier()                                      # the others wait for the folder
 
     # ---- the rows of all steps; weights and optimizers, from the checkpoint where there is one
-    labels = dominant_topic(data.train_topics, c['n_topics'])
+    counts = count_topics(data.train_topics, c['n_topics'])
     cooldown = round(c['cooldown'] * max_iters) * batch_size
     how = c['order'], c['cycles'], cooldown, c['seed'], stream, c.get('order_seed')
-    rows = row_order(labels, max_iters * batch_size, *how)
+    rows = row_order(counts.argmax(1), max_iters * batch_size, *how)
     rows_digest = shards.digest(rows)
     ckpt = resume(folder, model, device, rows_digest)
     start = ckpt['step'] if ckpt else 0
@@ -379,8 +380,8 @@ def fit(model, c, data, folder, where, stream=0):
                     raise SystemExit(f'{folder}: the loss is not finite at step {step}; the last checkpoint is kept. '
                                      'Try a lower --muon_lr or --adam_lr in a new run folder')
                 if rank == 0:
-                    topics = labels[rows[logged * batch_size:step * batch_size]]
-                    log_line(folder, c, step, loss, val_loss, tok_s, topics, time.time() - began)
+                    read = rows[logged * batch_size:step * batch_size]
+                    log_line(folder, c, step, loss, val_loss, tok_s, counts[read], time.time() - began)
                     bar.set_postfix_str(f'loss {loss:.4f}, {tok_s:,.0f} tokens/s')
                 if rank == 0 and evaluating:
                     save_checkpoint(folder, model, muon, adamw, step, rows_digest)
