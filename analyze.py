@@ -265,16 +265,14 @@ def bigram_references(rows, meta, keys):
 
 def compare_states(run, other, device=''):
     """CKA of the middle layer's states in two run folders, into the row of the first; nothing where one has none."""
+    paths = [os.path.join(folder, 'states.npy') for folder in (run, other)]
+    row, theirs = runs.read_row(run), runs.read_row(other)
+    if not (row and theirs and all(map(os.path.exists, paths))) or theirs['condition'] in row['cka']:
+        return
     device, *_ = machine(device)
-    states = []
-    for folder in (run, other):
-        path = os.path.join(folder, 'states.npy')
-        if not os.path.exists(path) or not runs.read_row(folder):
-            return
-        states.append(torch.from_numpy(np.load(path)).to(device).flatten(0, 1))       # [rows * T, n_embd]
-    row = runs.read_row(run)
-    cka = {runs.read_row(other)['condition']: measures.cka(*states)}
-    runs.write_json(os.path.join(run, 'row.json'), row | {'cka': row['cka'] | cka})
+    states = [torch.from_numpy(np.load(path)).to(device).flatten(0, 1) for path in paths]      # [rows * T, n_embd]
+    row['cka'][theirs['condition']] = measures.cka(*states)
+    runs.write_json(os.path.join(run, 'row.json'), row)
 
 # -----------------------------------------------------------------------------
 # probes

@@ -1,475 +1,448 @@
 """
 Wikipedia -> topics by meaning -> byte-level BPE -> rows of several topics, in the format of shards.py.
 
-    python prepare_wiki.py config/wiki.py                                        # streams wikimedia/wikipedia
+    python prepare_wiki.py config/wiki.py                                        # downloads wikimedia/wikipedia
     python prepare_wiki.py --source=articles.parquet --embedder=lsa --data_dir=data/my_wiki
 
-Six phases: articles (cleaned, without stubs and duplicates), embeddings, clusters, tokenizer, tokens, rows. Each
-keeps its work in work_dir under a name made of its parameters: what is done is skipped, what was stopped goes on,
-and another n_topics reuses the embeddings. Topics are labels given to all articles; the tokenizer and the training
-rows come from the training articles alone. 64,000 articles on two CPU cores: see LOG.md.
+Phases: articles (cleaned, without stubs and duplicates), vectors, clusters, tokenizer, tokens, rows. Each works CHUNK
+articles at a time and keeps them in work_dir under a name made of what they depend on: what is done is skipped, what
+was stopped goes on (clusters, tokenizer and rows begin anew), and another n_topics reuses the vectors. Topics are
+labels of all articles; the tokenizer and the training rows come from the training articles alone.
 
-Machines differ in the last digits of embeddings, so in a few labels, and then in every row.
---topics_from=results/wiki takes the labels that clusters.json keeps, for the same articles: the same dataset to the
-byte, without a model.
+Machines differ in the last digits of vectors, so in a few labels, and then in every row. --topics_from=results/wiki
+takes the labels that clusters.json keeps, for the same articles: the same dataset to the byte, without a model.
 """
+import atexit
 import base64
+import bisect
 import contextlib
 import glob
 import hashlib
+import html
 import itertools
 import json
+import math
 import os
 import re
 import sys
-import time
 import unicodedata
 import zlib
 from functools import partial
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import runs
 import shards
-from configurator import at_least, block, configure
+from configurator import block, command
 
 # -----------------------------------------------------------------------------
 # config
 
-source = 'wikimedia/wikipedia'      # hub dataset, streamed; or parquet or jsonl: a file, a folder or a glob
-subset = '20231101.en'              # of a hub dataset
-max_articles = 500_000              # articles kept, at most
-min_chars = 500                     # shorter articles are stubs
+source = 'wikimedia/wikipedia'      # hub dataset, downloaded; or parquet or jsonl: a file, a folder or a glob
+subset = '20231101.en'              # of a hub dataset: the folder of its parquet files
+max_articles = 500_000              # articles kept, at most [1, 2**31)
+min_chars = 500                     # shorter articles are stubs [0, 2**31)
 embedder = 'all-MiniLM-L6-v2'       # sentence-transformers model or local folder; lsa = TF-IDF and SVD, offline
-embed_tokens = 128                  # of an article that the embedder reads, from its beginning
-n_topics = 8                        # clusters
+embed_tokens = 128                  # of an article that the embedder reads, from its beginning [1, 2**31)
+n_topics = 8                        # clusters [2, 255]
 topics_from = ''                    # folder with clusters.json and topics.md: the same articles get its topics
-vocab_size = 16_384                 # tokens of the byte-level BPE
-block_size = 512                    # predicted tokens in a row; a row on disk has one more
-val_share = 0.02                    # of the articles: validation
-min_segments = 2                    # segments in a training row, uniform from this ...
-max_segments = 4                    # ... to this; 1 and 1 = pure windows
-min_segment_len = 64                # tokens in every segment, at least
-seed = 0                            # of split, clusters and rows
+vocab_size = 16_384                 # tokens of the byte-level BPE [257, 65535]
+block_size = 512                    # predicted tokens in a row; a row on disk has one more [1, 2**31)
+val_share = 0.02                    # of the articles: validation (0, 1)
+min_segments = 2                    # segments in a training row, uniform from this ... [1, 2**31)
+max_segments = 4                    # ... to this; rows of one topic are not made [1, 2**31)
+min_segment_len = 64                # tokens in every segment, at least [1, 2**31)
+seed = 0                            # of split, clusters, rows, and of the sample of a hub dataset [0, 2**31)
 device = ''                         # of the embedder; '' = every GPU, or the CPU
 data_dir = 'data/wiki'              # the dataset goes there (--out_dir= says the same)
 work_dir = 'data/wiki_work'         # what the phases leave for each other; may be deleted
 
 # -----------------------------------------------------------------------------
 
+CLEANING = 2                # version of clean(): raise it when its rules change, so that no older text is reused
 NO_PARAMETERS = ('topics_from', 'device', 'data_dir', 'work_dir')
-COLUMNS = ('id', 'text', 'title')          # of a source
 VAL_SEGMENTS = (2, 4)       # not a knob: validation rows are cut alike in every dataset
-CHUNK = 2_000               # articles in a file of the work folder: what a stopped phase loses
-LSA_CHARS, LSA_DIM = 4_000, 128
-TAIL = re.compile(r'^[^\w\n]*(see also|references|external links|further reading|notes|bibliography)[^\w\n]*$',
-                  re.I | re.M)
+CHUNK = 1_000               # records of the source in a file of the work folder: what a stopped phase loses
+SAMPLE = 16_000             # articles, evenly spread, that lsa, K-means, the topics' words and the BPE are made from
+LSA_CHARS, LSA_DIM = 2_000, 128
+# what the phases depend on, of meta.json
+ARTICLES = ('source', 'source_digest', 'subset', 'cleaning', 'max_articles', 'min_chars', 'seed')
+VECTORS = ARTICLES + ('embedder', 'embedder_digest', 'embed_tokens')
+CLUSTERS = VECTORS + ('n_topics',)
+TOKENS = ARTICLES + ('vocab_size', 'val_share')
 
 def parameters(cfg):
     """What a dataset is built from, as meta.json keeps it: another value is another dataset. Files and folders by
-    their name and a fingerprint, which is left out where they are not here: a dataset may be used elsewhere."""
-    meta = {'kind': 'wiki'}
-    for key in block(__file__):
-        if key not in NO_PARAMETERS:
-            meta[key] = getattr(cfg, key)
-    if not hub(cfg):
-        meta['source'] = os.path.basename(os.path.normpath(cfg.source))
-        files = files_of(cfg)
+    their name and a digest, which is left out where they are not here: a dataset may be used elsewhere."""
+    meta = {key: getattr(cfg, key) for key in block(__file__) if key not in NO_PARAMETERS}
+    for key, files in (('source', source_files(cfg)), ('embedder', files_in(cfg.embedder))):
+        meta[key] = os.path.basename(os.path.normpath(meta[key]))
         if files:
-            meta['source_digest'] = fingerprint(files)
+            meta[f'{key}_digest'] = fingerprint(files)
     if cfg.topics_from:
-        return meta | read_topics(cfg.topics_from, cfg.n_topics)['made_of']
-    if os.path.isdir(cfg.embedder):
-        meta['embedder'] = os.path.basename(os.path.normpath(cfg.embedder))
-        meta['embedder_digest'] = fingerprint(files_in(cfg.embedder))
-    return meta
+        meta |= read_topics(cfg.topics_from)['made_of']
+    return meta | {'kind': 'wiki', 'cleaning': CLEANING, 'n_topics': cfg.n_topics}
 
-def read_topics(folder, n_topics):
-    """clusters.json of a folder, its 'labels' as an array uint8 [articles]."""
-    path = f'{folder}/clusters.json'
-    found = runs.read_json(path, 'delete its folder, or give another topics_from')
-    try:
-        os.stat(f'{folder}/topics.md')
-        found['labels'] = np.frombuffer(zlib.decompress(base64.b64decode(found['labels'])), np.uint8)
-        there = found['made_of']['n_topics']
-    except (OSError, ValueError, KeyError, TypeError, zlib.error) as e:
-        raise SystemExit(f'{path}: no topics there ({type(e).__name__}: {e}); topics_from is a folder with the '
-                         'clusters.json and the topics.md of a dataset that prepare_wiki.py has made') from None
-    if there != n_topics:
-        raise SystemExit(f'{path}: has {there} topics, but n_topics = {n_topics}')
-    return found
-
-def files_in(source):
+def files_in(place):
     """The files that a file, a folder or a glob stands for, sorted."""
-    if os.path.isfile(source):
-        return [source]
-    pattern = f'{glob.escape(source)}/**' if os.path.isdir(source) else source
-    return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    pattern = f'{glob.escape(place)}/**' if os.path.isdir(place) else place
+    return sorted(filter(os.path.isfile, {place, *glob.glob(pattern, recursive=True)}))
+
+def source_files(cfg):
+    """The files of a local source, without what this script writes itself; [] for a dataset of the hub."""
+    return [path for path in files_in(cfg.source)
+            if path.endswith(('.parquet', '.jsonl')) and not re.search(r'articles-[0-9a-f]{10}.[^/\\]*$', path)]
 
 def fingerprint(files):
-    """A digest of the names and sizes of files, and of the first and the last MiB of each."""
+    """A digest of the names and contents of files."""
     digest = hashlib.sha256()
     for path in files:
         with open(path, 'rb') as f:
-            size = os.path.getsize(path)
-            digest.update(f'{os.path.basename(path)} {size} '.encode() + f.read(1 << 20))
-            f.seek(max(0, size - (1 << 20)))
-            digest.update(f.read())
+            digest.update(os.path.basename(path).encode() + hashlib.file_digest(f, 'sha256').digest())
     return digest.hexdigest()[:16]
 
+def read_topics(folder):
+    """clusters.json of a folder, its 'labels' as an array uint8 [articles]."""
+    try:
+        found = runs.read_json(f'{folder}/clusters.json')
+        labels = np.frombuffer(zlib.decompress(base64.b64decode(found['labels'])), np.uint8)
+        return found | {'labels': labels, 'n_topics': found['made_of']['n_topics']}
+    except (ValueError, KeyError, TypeError, zlib.error) as e:
+        raise SystemExit(f'{folder}/clusters.json: no topics there ({reason(e)}); topics_from is a folder with the '
+                         'clusters.json and the topics.md of a dataset that prepare_wiki.py has made') from None
+
+def reason(error):
+    """The name and the first line of an error."""
+    return f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+
 def check(cfg):
-    """Stops with one line at the first setting that cannot work."""
-    at_least(cfg, seed=0, min_chars=0, max_articles=1, embed_tokens=1, block_size=1, min_segments=1,
-             min_segment_len=1)
-    row = cfg.block_size + 1
-    most = max(cfg.max_segments, VAL_SEGMENTS[1])
-    bad = [
-        (not cfg.embedder, 'embedder is empty; a sentence-transformers model, a folder of one, or lsa'),
-        (not 2 <= cfg.n_topics <= 255, f'n_topics={cfg.n_topics}: choose 2 to 255, labels are uint8'),
-        (not 257 <= cfg.vocab_size <= 65535, f'vocab_size={cfg.vocab_size}: choose 257 (bytes, a merge) to 65535'),
-        (not 0 < cfg.val_share < 1, f'val_share={cfg.val_share}: choose between 0 and 1'),
-        (cfg.max_segments < 2, f'max_segments={cfg.max_segments}: at least 2, rows of one topic are not made'),
-        (cfg.min_segments > cfg.max_segments, f'min_segments={cfg.min_segments} is more than {cfg.max_segments}'),
-        (most * cfg.min_segment_len > row, f'{most} segments of min_segment_len={cfg.min_segment_len} do not fit '
-         f'in {row} tokens (validation rows have up to {VAL_SEGMENTS[1]}); lower min_segment_len'),
-    ]
-    for wrong, line in bad:
-        if wrong:
-            raise SystemExit(f'prepare_wiki.py: {line}')
+    """Stops with one line where no row can be cut."""
+    row, most = cfg.block_size + 1, max(cfg.max_segments, VAL_SEGMENTS[1])
+    if not cfg.min_segments <= cfg.max_segments > 1 or most * cfg.min_segment_len > row:
+        raise SystemExit(f'min_segments = {cfg.min_segments}, max_segments = {cfg.max_segments}, min_segment_len = '
+                         f'{cfg.min_segment_len}: choose at most max_segments, at least 2, and what fits {most} times '
+                         f'in {row} tokens (validation rows have up to {VAL_SEGMENTS[1]} segments)')
 
 # -----------------------------------------------------------------------------
 # the work folder
 
-def phase(cfg, name, params, work, *inputs):
-    """
-    The folder of a phase, named by the phase and its parameters, and its facts. Unless they are there already,
-    work(cfg, folder, *inputs) makes the files and returns the facts, among them the 'articles' of this run.
-    done.json, the last file, holds the facts and says that the phase is done.
-    """
-    digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:10]
-    folder = f'{cfg.work_dir}/{name}-{digest}'
-    path = f'{folder}/done.json'
-    os.makedirs(folder, exist_ok=True)
-    for left in glob.glob(f'{glob.escape(folder)}/*.tmp*'):        # by a run that was killed
-        os.remove(left)
-    with contextlib.suppress(FileNotFoundError, ValueError):        # ValueError: cut short, so it is not done
-        facts = json.load(open(path, encoding='utf-8'))
-        print(f'{name:10}done before, in {folder}')
-        return folder, facts
+def phase(cfg, meta, keys, work, *inputs):
+    """The folder of a phase, named by it and by what it depends on. Unless done.json, its last file, is there,
+    work(cfg, folder, *inputs) makes what is missing of its files. Nothing is deleted."""
+    params = runs.plain({key: meta.get(key) for key in keys})
+    digest = hashlib.sha256(json.dumps(params).encode()).hexdigest()[:10]
+    folder = f'{cfg.work_dir}/{work.__name__}-{digest}'
+    if not os.path.exists(f'{folder}/done.json'):
+        print(folder)
+        os.makedirs(folder, exist_ok=True)
+        work(cfg, folder, *inputs)
+        runs.write_json(f'{folder}/done.json', params)
+    return folder
 
-    clock = time.time()
-    facts = work(cfg, folder, *inputs)
-    seconds = time.time() - clock
-    runs.write_json(path, facts | {'seconds': round(seconds, 1)})
-    count = facts['articles']
-    print(f'{name:10}{count:,} articles in {seconds:,.0f} s, {count / max(seconds, 1e-3):,.0f} a second')
-    return folder, facts
+def files_of(folder, suffix):
+    """The numbered files of a phase, and nothing else that may lie beside them."""
+    return sorted(glob.glob(glob.escape(folder) + '/' + '[0-9]' * 5 + suffix))
 
-def save(path, write):
-    """A file, all or nothing: write(path of a temporary) and rename."""
-    temporary = f'{path}.{os.getpid()}.tmp{os.path.splitext(path)[1]}'
-    write(temporary)
-    os.replace(temporary, path)
+def read_file(path):
+    """{'id', 'title', 'text', 'hash'} of the articles in a file."""
+    with open(path, encoding='utf-8') as f:
+        return [json.loads(line) for line in f]
 
-def chunks(folder, suffix):
-    """The numbered files of a phase, in order."""
-    return sorted(glob.glob(f'{glob.escape(folder)}/[0-9]*[0-9]{suffix}'))
+def read_all(folder):
+    """All articles, one after the other."""
+    return itertools.chain.from_iterable(map(read_file, files_of(folder, '.jsonl')))
 
-def articles(folder):
-    """{'id', 'title', 'text', 'hashes'} of every article kept, one after the other."""
-    for path in chunks(folder, '.jsonl'):
-        with open(path, encoding='utf-8') as f:
-            next(f)                                         # the first line tells how far the source was read
-            yield from map(json.loads, f)
+def unmade(folder, source_folder):
+    """(articles, path) of every file of articles and of the array that a phase has still to make of it."""
+    for source in tqdm(files_of(source_folder, '.jsonl'), os.path.basename(folder), unit='file', disable=None):
+        path = f'{folder}/{os.path.basename(source)[:5]}.npy'
+        if not os.path.exists(path):
+            yield read_file(source), path
 
-def unmade(folder, suffix, source_folder, n):
-    """(path, articles) of each file of CHUNK articles that a phase has still to make; n: of all articles."""
-    done = CHUNK * len(chunks(folder, suffix))
-    stream = itertools.islice(articles(source_folder), done, None)
-    with tqdm(total=n, initial=min(n, done), desc=os.path.basename(folder), disable=None) as bar:
-        for start in range(done, n, CHUNK):
-            some = list(itertools.islice(stream, CHUNK))
-            yield f'{folder}/{start // CHUNK:05d}{suffix}', some
-            bar.update(len(some))
+def save(path, x):
+    """An array as a file, all or nothing."""
+    with runs.writing(path):
+        np.save(f'{path}.tmp.npy', x)
+        os.replace(f'{path}.tmp.npy', path)
+
+def sample(stream, n):
+    """SAMPLE of the n articles, or of what belongs to each, evenly spread; all if there are no more."""
+    return itertools.islice(stream, 0, None, math.ceil(n / SAMPLE))
+
+# -----------------------------------------------------------------------------
+# the source
+
+def hub_files(cfg, order):
+    """The parquet files of a hub dataset, in this order; each is downloaded when it is needed, once."""
+    import huggingface_hub                                  # only here: nothing else needs it
+    names = huggingface_hub.list_repo_files(cfg.source, repo_type='dataset')
+    names = sorted(name for name in names if name.endswith('.parquet') and f'/{cfg.subset}/' in f'/{name}')
+    for i in order(len(names)):
+        yield huggingface_hub.hf_hub_download(cfg.source, names[i], repo_type='dataset')
+
+def read_parquet(path, order):
+    import pyarrow.parquet
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        groups = [int(i) for i in order(file.num_row_groups)]
+        for batch in file.iter_batches(200, groups, ['id', 'title', 'text']):
+            yield from batch.to_pylist()
+
+def read_jsonl(path, order):
+    with open(path, encoding='utf-8-sig') as f:             # with or without a byte order mark
+        yield from (json.loads(line) for line in f if line.strip())
+
+def records(cfg):
+    """{'id', 'title', 'text'} of the source: of local files one after the other; of a dataset of the hub a sample, as
+    neighbours in a dump are alike: its files, and the row groups in each, in an order drawn from the seed."""
+    local = source_files(cfg)
+    order = range if local else np.random.default_rng([cfg.seed, 1]).permutation
+    place, number = cfg.source, 0
+    try:
+        for place in local or hub_files(cfg, order):
+            read = read_jsonl if place.endswith('.jsonl') else read_parquet
+            for number, row in enumerate(read(place, order), 1):
+                yield {key: row[key] for key in ('id', 'title', 'text')}
+    except Exception as e:                                  # whatever a file or the network may hold
+        raise SystemExit(f'{place}: cannot be read ({reason(e)}; row {number}); a source is parquet or UTF-8 jsonl '
+                         'with id, title and text, or a dataset of the hub; the same command goes on') from None
+
+# -----------------------------------------------------------------------------
+# cleaning: a pattern stops where another of its kind begins, so that the time is linear in the length of a text
+
+def innermost(opening, closing):
+    """A pattern of what stands between two marks and holds no other opening."""
+    return rf'{opening}(?:(?!{opening})(?s:.))*?{closing}'
+
+FLAGS = re.I | re.M
+SIGNS = ''.join(c for c in map(chr, range(0x300, 0x12000)) if unicodedata.category(c)[0] == 'M')   # of a letter before
+ENTITY = re.compile(r'&(?:#\d{1,7}|#x[\da-f]{1,6}|[a-z]\w{1,30});', re.I)
+INVISIBLE = re.compile(     # controls, soft hyphen, zero-width space, direction marks, word joiner, BOM, surrogates
+    '[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u202a-\u202e'
+    '\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb\ud800-\udfff]'
+    # ZWNJ and ZWJ spell words in Persian and Indic scripts, and join emoji: only after European letters they go
+    '|(?<![^\0-\u05ff])[\u200c\u200d]+')
+MARKS = ('<', '{', '[', ']]', "''", '==', '_', '\n*', '\n#', '\n:', '\n;')    # without these there is no markup
+ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"<]*"|'[^'<]*'|[^\s"'<>]+))*\s*/?>"""      # and the end of a tag
+WHOLE = 'ref|math|chem|gallery|timeline|score|hiero|graph|syntaxhighlight|imagemap|templatestyles|style|script'
+FILE = r'(?:file|image|media|category):|[^][|\n]*\.(?:jpe?g|png|gif|svg|tiff?|webp|og[gv]|webm|pdf)(?= *[|\]])'
+RULES = (                   # in this order, and again where one thing was in another
+    (innermost('<!--', '-->'), ''),
+    (innermost(rf'<(?:{WHOLE})\b[^<>]*(?<!/)>', rf'</(?:{WHOLE})\s*>'), ''),
+    (innermost(r'\{\{(?:\{(?!\{))?', r'\}\}(?:\}(?!\}))?'), ''),       # templates and {{{parameters}}} of templates
+    (innermost(r'^[ \t:]*\{\|', r'^[ \t]*\|\}'), ''),                  # tables, at the start of a line
+    (r'\[(?:https?:|ftp:)?//[^][\s]++([^][\n]*)\]', r'\1'),            # links keep their label ...
+    (rf'\[\[(?!:?(?:{FILE}))(?:[^][|\n]*\|)?([^][\n]*)\]\]', r'\1'),
+    (rf'\[\[:?(?:{FILE})[^][]*\]\]', ''),                              # ... files go with those in their captions
+    (rf'</?(?:br|p|hr|div|li|[ou]l|d[ltd]|t[rdh]|table|blockquote|center|h[1-6]){ATTRIBUTES}', ' '),
+    # tags by their names and attributes: in "x<y then z>w" and "a <b and c> d" there is none
+    (r'</?(?:a|abbr|b|bd[io]|big|caption|cite|code|del|dfn|em|font|i|img|ins|kbd|mark|nowiki|noinclude|includeonly|'
+     r'onlyinclude|poem|pre|q|r[tbp]|ruby|s|samp|section|small|span|strike|strong|su[bp]|t?body|thead|tt|u|var|wbr)'
+     + ATTRIBUTES, ''),
+    (r"'{3,}", ''),
+    (r"(?<![\d'])''(?!\s)([^'\n]+(?:'[^'\n]+)*)''", r'\1'),            # italics, not 5' 11''
+    (r'^={2,6}([^=\n]+)={2,6}[ \t]*$', r'\1'),
+    (r'^[*#:;]+[ \t]|\bformula_\d+\b|__[A-Z]+__', ''))
+# what is left of marks without their other half, and of tags that are no words, whatever their attributes are
+HALVES = (r'<!--|\{\{+|\}\}+|\[\[|\]\]|^[ \t:]*\{\||^[ \t]*\|\}|'
+          rf'</?(?:references|br|div|span|font|{WHOLE})\b[^<>]*>')
+# a heading after which there are but items of lists and short lines that are no sentences, to the end
+HEADING = (r'^[^\w\n]*(?:see also|(?:notes and )?references|external links|further reading|notes|footnotes|sources|'
+           r'citations|bibliography)[^\w\n]*$')
+TAIL = rf'{HEADING}(?:\n(?!{HEADING})(?:[^\w\n].*|.{{0,150}}(?<![.!?।。]))$)*\Z'
+
+def unescape(mark):
+    return html.unescape(mark[0])
+
+def visible(text):
+    """Text in NFC, for which a letter has at most 30 signs (UAX 15: more are no text), without invisible characters."""
+    text = re.sub(r'([^\w\0-\u02ff]{30})[^\w\0-\u02ff]+', r'\1', text)
+    return INVISIBLE.sub('', unicodedata.normalize('NFC', text))
+
+def replace(rules, text):
+    """The text after all rules, again and again while that changes it: nine times at most."""
+    for _ in range(9):
+        before = text
+        for pattern, by in rules:
+            text = re.sub(pattern, by, text, flags=FLAGS)
+        if text == before:
+            break
+    return text
+
+def clean(text):
+    """Plain text: no markup, formula names, invisible characters, sections after the article and runs of blanks."""
+    text = ENTITY.sub(unescape, ENTITY.sub(unescape, text))            # twice: dumps have &amp;nbsp;
+    text = replace([(TAIL, '')], '\n' + visible(text).strip())
+    if any(mark in text for mark in MARKS):
+        text = replace([(HALVES, '')], replace(RULES, text))
+    text = re.sub(r'[^\S\n]{2,}|[^\S\n ]', ' ', text)
+    return re.sub(r'\n{3,}', '\n\n', re.sub(r' ?\n ?', '\n', text)).strip()
 
 # -----------------------------------------------------------------------------
 # articles
 
-def hub(cfg):
-    """Whether the source is a dataset of the hub: owner/name, and nothing of that name here."""
-    local = os.path.exists(cfg.source) or cfg.source.endswith(('.parquet', '.jsonl'))
-    return not local and re.fullmatch(r'[\w.-]+/[\w.-]+', cfg.source)
+def article(record):
+    """What is kept of a record. hash: 64 bits of the first 200 letters and digits, alike in duplicates. Articles that
+    differ in a name there are none: that would take more than hashes."""
+    text = clean(str(record['text'] or ''))
+    letters = re.sub(r'\W+', '', text[:1_000].casefold())[:200]
+    mark = hashlib.blake2b(letters.encode(), digest_size=8).digest()
+    return {'id': str(record['id']), 'title': visible(str(record['title'])), 'text': text, 'hash': int.from_bytes(mark)}
 
-def files_of(cfg):
-    """The files of a local source, sorted, without what this script writes itself; [] where there are none."""
-    return [f for f in files_in(cfg.source)
-            if f.endswith(('.parquet', '.jsonl')) and not re.search(r'articles-[0-9a-f]{10}.\d{5}\.jsonl$', f)]
-
-def reason(error):
-    """The first line of an error."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-def need_columns(complaint, names):
-    missing = [column for column in COLUMNS if column not in names]
-    if missing:
-        raise SystemExit(f'{complaint} {", ".join(missing)}; id, title and text are needed')
-
-def read_hub(cfg, skip):
-    name = f'{cfg.source} ({cfg.subset})'
-    try:
-        import datasets                                     # only here: nothing else needs it
-        stream = datasets.load_dataset(cfg.source, cfg.subset, split='train', streaming=True)
-        need_columns(f'{name}: no column', stream.column_names or next(iter(stream)))
-        yield from stream.skip(skip)
-    except Exception as e:
-        raise SystemExit(f'{name}: cannot be read from the hub ({reason(e)}); check the name and the network, or '
-                         'give local files with --source=; the same command goes on') from None
-
-def read_parquet(path):
-    import pyarrow.parquet
-    with pyarrow.parquet.ParquetFile(path) as file:
-        need_columns(f'{path}: no column', file.schema_arrow.names)
-        for batch in file.iter_batches(500, columns=COLUMNS):
-            yield from batch.to_pylist()
-
-def read_jsonl(path):
-    with open(path, encoding='utf-8-sig') as f:             # with or without a byte order mark
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                record = dict(json.loads(line))
-            except (TypeError, ValueError):
-                raise SystemExit(f'{path}, line {number}: is not JSON; one article a line is needed') from None
-            need_columns(f'{path}, line {number}: no', record)
-            yield record
-
-def read_files(cfg):
-    for path in files_of(cfg):
-        read = read_parquet if path.endswith('.parquet') else read_jsonl
-        try:
-            yield from read(path)
-        except UnicodeDecodeError:
-            raise SystemExit(f'{path}: is not UTF-8 text; convert it') from None
-        except (OSError, ValueError) as e:                  # pyarrow's errors are ValueErrors
-            raise SystemExit(f'{path}: cannot be read ({reason(e)})') from None
-
-def records(cfg, skip):
-    """The rows of the source from number `skip` on: dicts with id, title and text."""
-    if hub(cfg):
-        return read_hub(cfg, skip)
-    return itertools.islice(read_files(cfg), skip, None)
-
-def clean(text):
-    """The text without leftover markup, formula names, the sections after the article and runs of blanks."""
-    text = unicodedata.normalize('NFC', text or '')
-    text = re.sub(r'<[^<>\n]{1,80}>|\bformula_\d+\b|\{\{[^{}]*\}\}|\[\[|\]\]', '', text)
-    tail = TAIL.search(text, len(text) // 4)                # a heading that stands alone, not an early mention
-    text = text[:tail.start()] if tail else text
-    return re.sub(r'\n\s*\n+', '\n\n', re.sub(r'[^\S\n]+', ' ', text)).strip()
-
-def hashes(text):
-    """[exact, near]: 64-bit hashes of all letters and digits, in lower case, and of the first 200. Articles that
-    differ in a name of their opening are not near: that would take more than hashes."""
-    plain = re.sub(r'\W+', '', text.casefold())
-    return [hashlib.blake2b(part.encode(), digest_size=8).hexdigest() for part in (plain, plain[:200])]
-
-def write_articles(folder, counts, chunk):
-    """The next file of articles; its first line counts what was read from the source up to here."""
-    path = f'{folder}/{len(chunks(folder, ".jsonl")):05d}.jsonl'
-    lines = [json.dumps(line, ensure_ascii=False) + '\n' for line in (counts, *chunk)]
-    runs.write_bytes(path, ''.join(lines).encode(errors='replace'))
-
-def collect(cfg, folder):
-    """The articles phase: clean, without stubs and duplicates, in files of CHUNK."""
-    counts = {'read': 0, 'stub': 0, 'duplicate': 0, 'near duplicate': 0}
-    done = chunks(folder, '.jsonl')                         # of a run that was stopped
-    if done:
-        with open(done[-1], encoding='utf-8') as f:
-            counts = json.loads(next(f))
-    seen = set()                                            # exact and near hashes
-    kept = 0
-    for article in articles(folder):
-        seen.update(article['hashes'])
-        kept += 1
-    before = kept
-
-    chunk = []
-    with tqdm(total=cfg.max_articles, initial=kept, desc='articles', disable=None) as bar:
-        for record in records(cfg, counts['read']):
-            if kept == cfg.max_articles:
-                break
-            counts['read'] += 1
-            if not isinstance(record['text'], str | None):
-                raise SystemExit(f'{cfg.source}: the text of article {record["id"]} is a '
-                                 f'{type(record["text"]).__name__}, not a string')
-            text = clean(record['text'])
-            exact, near = hashes(text)
-            if len(text) < max(1, cfg.min_chars):
-                counts['stub'] += 1
-            elif exact in seen:
-                counts['duplicate'] += 1
-            elif near in seen:
-                counts['near duplicate'] += 1
-            else:
-                seen.update((exact, near))
-                kept += 1
-                chunk.append({'id': str(record['id']), 'title': str(record['title'] or ''), 'text': text,
-                              'hashes': [exact, near]})
-                bar.update()
-            if len(chunk) == CHUNK:
-                write_articles(folder, counts, chunk)
-                chunk = []
-    if chunk:
-        write_articles(folder, counts, chunk)
-    print('articles  ' + ', '.join(f'{v:,} {k}' for k, v in counts.items()) + f': {kept:,} kept')
-    return {'articles': kept - before, 'counts': counts, 'kept': kept}
+def articles(cfg, folder):
+    """Clean articles without stubs and duplicates, of each CHUNK records a file."""
+    seen, stream = set(), iter(tqdm(records(cfg), 'articles', disable=None))
+    for i in itertools.count():
+        some = list(itertools.islice(stream, CHUNK)) if len(seen) < cfg.max_articles else []
+        if not some:
+            break
+        path, lines = f'{folder}/{i:05d}.jsonl', ''
+        for a in read_file(path) if os.path.exists(path) else map(article, some):
+            if len(a['text']) >= cfg.min_chars and a['hash'] not in seen and len(seen) < cfg.max_articles:
+                seen.add(a['hash'])
+                lines += json.dumps(a, ensure_ascii=False) + '\n'
+        if lines:
+            runs.write_text(path, lines)
 
 # -----------------------------------------------------------------------------
 # embeddings
 
-def beginning(article, chars):
-    return f'{article["title"]}\n{article["text"][:chars]}'
+LETTER = re.compile(f'.[{SIGNS}]*')
+WORD = re.compile(rf'(?:[^\W\d_]+[{SIGNS}\u200c\u200d]*+)++')           # with the signs of its letters
+UNSPACED = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff'
+                      '\U00020000-\U0003ffff]')
 
-def lsa(cfg, source_folder, n):
-    """Unit vectors of all articles by TF-IDF and SVD, float32 [n, d]."""
+def words_of(text):
+    """The words of a text in lower case, without those of English that are in every text; of scripts that put no
+    spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each two neighbouring letters."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+    for word in WORD.findall(text.lower()):
+        if UNSPACED.match(word):
+            letters = LETTER.findall(word)
+            yield from map(''.join, zip(letters, letters[1:]))
+        elif len(word) > 2 and word not in ENGLISH_STOP_WORDS:
+            yield word
+
+def beginnings(articles, chars):
+    return [f'{a["title"]}\n{a["text"][:chars]}' for a in articles]
+
+def lsa(cfg, texts):
+    """A function texts -> unit vectors, by TF-IDF and SVD of these texts."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.preprocessing import normalize
-    words = TfidfVectorizer(max_features=50_000, max_df=0.5, stop_words='english', sublinear_tf=True,
-                            dtype=np.float32)
-    texts = (beginning(a, LSA_CHARS) for a in tqdm(articles(source_folder), desc='TF-IDF', total=n, disable=None))
-    try:
-        weights = words.fit_transform(texts)
-        svd = TruncatedSVD(min(LSA_DIM, min(weights.shape) - 1), random_state=cfg.seed)
-        return normalize(svd.fit_transform(weights)).astype(np.float32)
-    except ValueError as e:
-        raise SystemExit(f'{cfg.source}: lsa finds no words to tell articles apart ({reason(e)})') from None
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer
+    if sum(len(UNSPACED.findall(text)) for text in texts) > sum(map(len, texts)) / 3:
+        raise ValueError('most of these letters are of scripts without spaces between words')
+    words = TfidfVectorizer(analyzer=words_of, max_features=50_000, max_df=0.5, sublinear_tf=True, dtype=np.float32)
+    weights = words.fit_transform(texts)
+    svd = TruncatedSVD(min(LSA_DIM, min(weights.shape) - 1), random_state=cfg.seed).fit(weights)
+    return make_pipeline(words, svd, Normalizer(copy=False)).transform
 
-def embed(cfg, folder, source_folder, n):
-    """Unit vectors of all articles, float32 [n, d]: lsa in one file, a model's CHUNK articles at a time."""
-    if cfg.embedder == 'lsa':
-        save(f'{folder}/00000.npy', partial(np.save, arr=lsa(cfg, source_folder, n)))
-        return {'articles': n}
+def transformer(cfg):
+    """A function texts -> unit vectors, by a sentence-transformers model, on all GPUs if there are several."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    model = SentenceTransformer(cfg.embedder, device=cfg.device or None)
+    with contextlib.suppress(AttributeError):               # a table of word vectors has no longest sequence
+        model.max_seq_length = min(cfg.embed_tokens, model.max_seq_length or cfg.embed_tokens)
+    pool = None
+    if not cfg.device and torch.cuda.device_count() > 1:
+        pool = model.start_multi_process_pool()
+        atexit.register(model.stop_multi_process_pool, pool)
+    return partial(model.encode, pool=pool, batch_size=64, normalize_embeddings=True)
+
+def vectors(cfg, folder, source, n):
+    """Of each file of articles a file of unit vectors, float32 [articles, d]."""
+    is_lsa = cfg.embedder == 'lsa'
+    chars = LSA_CHARS if is_lsa else 8 * cfg.embed_tokens   # nearly always enough
     try:
-        from sentence_transformers import SentenceTransformer
-        model = SentenceTransformer(cfg.embedder, device=cfg.device or None)
+        encode = lsa(cfg, beginnings(sample(read_all(source), n), chars)) if is_lsa else transformer(cfg)
     except Exception as e:
-        raise SystemExit(f'embedder {cfg.embedder!r} cannot be loaded ({reason(e)}); name a '
-                         'sentence-transformers model or a local folder of one, check the network, or choose '
-                         '--embedder=lsa') from None
-    model.max_seq_length = min(cfg.embed_tokens, model.max_seq_length or cfg.embed_tokens)
-    count = 0
-    for path, some in unmade(folder, '.npy', source_folder, n):
-        texts = [beginning(a, 8 * cfg.embed_tokens) for a in some]
-        parts = [model.encode(texts[i:i + 256], batch_size=64, normalize_embeddings=True, show_progress_bar=False)
-                 for i in range(0, len(texts), 256)]        # the last digits depend on what is embedded together
-        save(path, partial(np.save, arr=np.concatenate(parts).astype(np.float32)))
-        count += len(some)
-    return {'articles': count}
+        raise SystemExit(f'embedder = {cfg.embedder!r}: of no use here ({reason(e)}); lsa wants words that tell '
+                         'articles apart; or name a sentence-transformers model, and check the network') from None
+    for some, path in unmade(folder, source):
+        save(path, encode(beginnings(some, chars)).astype(np.float32))
 
 # -----------------------------------------------------------------------------
 # clusters
 
-def log_odds(counts):
-    """Of each word in a topic [topics, words]."""
-    return np.log(counts / (counts.sum(1, keepdims=True) - counts))
-
-def distinctive(texts, labels, n_topics, n_words=15):
-    """Words that tell each topic from the others: log-odds of the articles that hold them, over its standard
-    error, with all topics as the prior (Monroe, Colaresi & Quinn 2008, section 3.3.1). [topic][n_words]."""
+def distinctive(texts, labels, sizes):
+    """Fifteen words that tell each topic from the others: in more of its articles than they would be if they were in
+    as many of every topic, by Pearson's residual (observed - expected) / sqrt(expected). [topic][15]."""
     from sklearn.feature_extraction.text import CountVectorizer
-    counter = CountVectorizer(max_features=20_000, stop_words='english', binary=True,
-                              token_pattern=r'[^\W\d_]{3,}')
+    counter = CountVectorizer(max_features=20_000, binary=True, analyzer=words_of)
     try:
         counts = counter.fit_transform(texts)               # [articles, words]
     except ValueError:
         raise SystemExit('prepare_wiki.py: these articles hold no words to tell topics by') from None
-    by_topic = np.eye(n_topics)[labels].T @ counts          # [topics, words]
-    total = by_topic.sum(0)
-    prior = total / total.sum() * 1_000 + 0.01
-    inside = by_topic + prior
-    outside = total - by_topic + prior
-    z = (log_odds(inside) - log_odds(outside)) / np.sqrt(1 / inside + 1 / outside)
-    best = np.argsort(-z)[:, :n_words]
-    return counter.get_feature_names_out()[best].tolist()
+    observed = np.eye(len(sizes))[labels].T @ counts        # [topics, words]
+    expected = np.outer(sizes / sizes.sum(), observed.sum(0))
+    best = np.argsort((expected - observed) / np.sqrt(expected))[:, :15]
+    return counter.get_feature_names_out()[best]
 
-def cluster(cfg, folder, source_folder, embed_folder, made_of, ids, n):
-    """K-means; clusters.json with the labels and what they are `made_of`, topics.md for a person. ids: of the
-    articles, their digest."""
+def clusters(cfg, folder, source, vectors_folder, made_of, ids, n):
+    """K-means of a sample of the articles; clusters.json with the labels of all and what they are `made_of`, topics.md
+    for a person. ids: of the articles, their digest."""
     from sklearn.cluster import KMeans
-    from sklearn.metrics import adjusted_mutual_info_score
-    x = np.concatenate([np.load(path) for path in chunks(embed_folder, '.npy')])
-    titles, texts = zip(*((a['title'], a['text'][:1_000]) for a in articles(source_folder)))
-    fits = [KMeans(cfg.n_topics, n_init=3, random_state=cfg.seed + i).fit(x)
-            for i in tqdm(range(3), desc='clusters', disable=None)]
-    ami = [adjusted_mutual_info_score(a.labels_, b.labels_) for a, b in itertools.combinations(fits, 2)]
-    agreement = ', '.join(f'{a:.2f}' for a in ami)
-    labels = fits[0].labels_
-    sizes = np.bincount(labels, minlength=cfg.n_topics).tolist()
-    share = max(sizes) / n
-    words = distinctive(texts, labels, cfg.n_topics)
+    from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
+    files = files_of(vectors_folder, '.npy')
+    x = np.stack([*sample(itertools.chain.from_iterable(map(np.load, files)), n)])
+    K = cfg.n_topics
+    if len(np.unique(x.round(3), axis=0)) < K:
+        raise SystemExit(f'n_topics = {K}: the articles fall into fewer clusters; lower it, or try another embedder')
+    fits = [KMeans(K, n_init=3, random_state=cfg.seed + i).fit(x) for i in range(3)]
+    pairs = [(a.labels_, b.labels_) for a, b in itertools.combinations(fits, 2)]
+    ari = [adjusted_rand_score(a, b) for a, b in pairs]
+    ami = [adjusted_mutual_info_score(a, b) for a, b in pairs]
+    labels = np.concatenate([fits[0].predict(np.load(path)) for path in files])
+    sizes = np.bincount(labels, minlength=K)
+    titles, texts = zip(*sample(((a['title'], a['text'][:1_000]) for a in read_all(source)), n))
+    words = distinctive(texts, fits[0].labels_, sizes)
+    nearest = np.array(titles)[fits[0].transform(x).argsort(axis=0)[:10].T]        # [topics, 10]
 
-    nearest = []
-    text = (f'# {cfg.n_topics} topics of {n:,} articles\n\nK-means of {made_of["embedder"]} embeddings. '
-            f'Adjusted mutual information between three seeds: {agreement}. Largest topic: {share:.0%}.\n')
-    for k, centre in enumerate(fits[0].cluster_centers_):
-        mine = np.flatnonzero(labels == k)
-        order = np.argsort(((x[mine] - centre) ** 2).sum(1))
-        nearest.append([titles[i] for i in mine[order[:10]]])
+    head = (f'K-means of {made_of["embedder"]} vectors of {n:,} articles; between three seeds: adjusted Rand index '
+            f'{np.mean(ari):.2f}, adjusted mutual information {np.mean(ami):.2f}; largest topic: {max(sizes) / n:.0%}')
+    if np.mean(ari) < 0.5 or max(sizes) / n > 0.2 + 0.8 / K:           # 30% of 8 topics, 60% of 2
+        head += '\nWARNING: topics that another seed does not find, or a large one; try another embedder or n_topics'
+    print(head)
+    text = f'# {K} topics\n\n{head}\n'
+    for k in range(K):
         text += (f'\n## Topic {k}: {", ".join(words[k][:3])}\n\n{sizes[k]:,} articles, {sizes[k] / n:.1%}\n\n'
                  f'Words: {", ".join(words[k])}\n\nNearest: {"; ".join(nearest[k])}\n')
-    runs.write_json(f'{folder}/clusters.json', {
-        'made_of': made_of, 'ids': ids, 'articles': n, 'sizes': sizes, 'words': words, 'ami': ami,
-        'labels': base64.b64encode(zlib.compress(labels.astype(np.uint8), 9)).decode(),
-        'nearest': nearest, 'largest_share': share})
     runs.write_text(f'{folder}/topics.md', text)
-    if share > 0.3:
-        print(f'WARNING: the largest topic holds {share:.0%} of the articles; try another embedder or n_topics')
-    print(f'clusters  largest {share:.0%}, adjusted mutual information between seeds {agreement}; '
-          f'{folder}/topics.md shows what they are')
-    return {'articles': n}
+    runs.write_json(f'{folder}/clusters.json', {
+        'made_of': made_of, 'ids': ids, 'articles': n, 'sizes': sizes, 'words': words, 'nearest': nearest,
+        'labels': base64.b64encode(zlib.compress(labels.astype(np.uint8), 9)).decode(), 'ari': ari, 'ami': ami})
 
 # -----------------------------------------------------------------------------
 # tokens
 
-def train_tokenizer(cfg, folder, source_folder, val):
-    """Byte-level BPE of the training articles, tokenizer.json: whatever the text, decoding gives it back."""
+def tokenizer(cfg, folder, source, val):
+    """Byte-level BPE of training articles, tokenizer.json: whatever the text, decoding gives it back."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=cfg.vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=sys.stderr.isatty())
-    n_train = int((~val).sum())
-    texts = (a['text'] for a in itertools.compress(articles(source_folder), ~val))
-    tokenizer.train_from_iterator(texts, trainer, length=n_train)
-    found = tokenizer.get_vocab_size()
-    if found < cfg.vocab_size:
-        print(f'WARNING: these articles give {found:,} tokens, not {cfg.vocab_size:,}; the rest will never occur')
-    runs.write_text(f'{folder}/tokenizer.json', tokenizer.to_str())
-    return {'articles': n_train, 'found': found}
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe = Tokenizer(models.BPE())
+    bpe.decoder = decoders.ByteLevel()
+    bpe.pre_tokenizer = words
+    trainer = trainers.BpeTrainer(vocab_size=cfg.vocab_size, initial_alphabet=words.alphabet(), show_progress=False)
+    # training takes the square of the longest word: of a longer one each 100 letters are a word
+    some = sample(itertools.compress(read_all(source), ~val), len(val))
+    bpe.train_from_iterator((re.sub(r'\S{100}', r'\g<0> ', a['text']) for a in some), trainer)
+    runs.write_text(f'{folder}/tokenizer.json', bpe.to_str())
 
-def encode(cfg, folder, source_folder, tokenizer_folder, n):
-    """The tokens of all articles: files of CHUNK articles, uint16 tokens one after the other, and lengths."""
+def tokens(cfg, folder, source, tokenizer_folder):
+    """The tokens of all articles, one after the other, in tokens.bin, uint16; for each file of articles their numbers,
+    written last: what tokens.bin has beyond them is of a run that was stopped."""
     from tokenizers import Tokenizer
-    tokenizer = Tokenizer.from_file(f'{tokenizer_folder}/tokenizer.json')
-    count = 0
-    for path, some in unmade(folder, '.npz', source_folder, n):
-        found = tokenizer.encode_batch_fast([a['text'] for a in some])
-        ids = [np.array(e.ids, np.uint16) for e in found]
-        save(path, partial(np.savez, tokens=np.concatenate(ids), lengths=[len(x) for x in ids]))
-        count += len(some)
-    return {'articles': count}
-
-def read_tokens(folder):
-    """uint16 tokens of all articles, one after the other, and the lengths [n]."""
-    parts = [dict(np.load(path)) for path in chunks(folder, '.npz')]
-    tokens = np.concatenate([part['tokens'] for part in parts])
-    lengths = np.concatenate([part['lengths'] for part in parts])
-    return tokens, lengths
+    bpe = Tokenizer.from_file(f'{tokenizer_folder}/tokenizer.json')
+    with open(f'{folder}/tokens.bin', 'ab') as f:
+        f.truncate(2 * sum(np.load(path).sum() for path in files_of(folder, '.npy')))
+        for some, path in unmade(folder, source):
+            ids = [e.ids for e in bpe.encode_batch_fast([a['text'] for a in some])]
+            f.write(np.concatenate(ids).astype(np.uint16))
+            f.flush()
+            save(path, [len(x) for x in ids])
 
 # -----------------------------------------------------------------------------
 # rows
@@ -484,220 +457,141 @@ def next_topic_weights(tokens):
         w /= w.sum()
     return w
 
-def draw(rng, pool, rest, taken, want, most, least, last):
+def pack(rng, lengths, labels, width, low, high, least):
     """
-    The next piece of a row, of an article of the pool that is not taken yet: (article, tokens), or (None, 0).
-
-    rest: tokens left of each article [n]. A piece has `want` tokens, unless that leaves an end shorter than
-    `least`: then it has all that is left, if that is at most `most`, or that without `least`. The `last` piece of a
-    row has to fill it, so it always has `want`. If no article of 60 will do, one is taken that loses its end.
-    """
-    spare = None, 0
-    for _ in range(60):
-        a = pool[rng.integers(len(pool))]
-        r = rest[a]
-        if a in taken:
-            continue
-        if r == want or r >= want + least:
-            return a, want
-        if not last and r <= most:
-            return a, r
-        if not last and r >= 2 * least:
-            return a, r - least
-        if r > want:
-            spare = a, want
-    return spare
-
-def pack(rng, lengths, labels, width, low, high, least, desc=''):
-    """
-    Cut articles into rows of `width` tokens: int64 [pieces, 4] of (row, article, start, length), by row.
+    Cut articles into rows of `width` tokens: yields each as [(article, start, length), ...].
 
     lengths, labels: tokens and topic of each article [n]. A row has U{low..high} pieces, neighbours of different
-    topics, each of one article, no article twice, at least `least` tokens each; a token is used at most once. An
-    article is cut from its beginning on, and never so that an end shorter than `least` is left if it can be helped.
+    topics, each of one article, no article twice; `least` tokens each, and the rest cut at uniform places. A token is
+    used at most once, an article from its beginning on: a piece is the last of one that has just as many tokens left,
+    else of any that has more. Ends shorter than `least`, and what fits no row in the end, are lost.
     """
-    K = int(labels.max()) + 1
-    rest = lengths.astype(np.int64)                         # tokens left of each article
-    index = np.zeros(len(lengths), np.int64)                # of an article in its pool
-    pools = []
-    for k in range(K):
-        mine = rng.permutation(np.flatnonzero((labels == k) & (lengths >= least)))
-        index[mine] = np.arange(len(mine))
-        pools.append(list(mine))
-    left = np.array([rest[p].sum() for p in pools], float)  # tokens of each topic
-    bar = tqdm(total=int(left.sum()), desc=desc, unit='token', disable=None)
-
-    pieces = []
-    row = failed = 0
-    while failed < 100 and np.count_nonzero(left) > 1:
-        if row % 500 == 0:
-            weights = next_topic_weights(left)
-        n = rng.integers(low, high + 1)
-        free = width - n * least                            # spread over the pieces: a uniform composition
-        bars = np.sort(rng.choice(free + n - 1, n - 1, replace=False))
-        wanted = np.diff(bars, prepend=-1, append=free + n - 1) - 1 + least
-        room, mine, topic = width, {}, -1
-        for i in range(n):
-            p = np.where((left > 0) & (np.arange(K) != topic), weights + 1e-9, 0)
-            topic = rng.choice(K, p=p / p.sum())
-            last = i == n - 1
-            most = room - least * (n - 1 - i)               # leaves room for the other pieces
-            want = room if last else min(wanted[i], most)
-            article, size = draw(rng, pools[topic], rest, mine, want, most, least, last)
-            if not size:
+    pools = [[] for _ in range(labels.max() + 1)]           # (tokens left, article), sorted, by topic
+    for i in np.argsort(lengths, kind='stable').tolist():
+        if lengths[i] >= least:
+            pools[labels[i]].append((int(lengths[i]), i))
+    n_rows = failed = 0
+    while failed < 100:
+        if failed or n_rows % 2_000 == 0:
+            left = np.array([sum(tokens for tokens, _ in pool) for pool in pools])
+            if np.count_nonzero(left) < 2:
                 break
-            mine[article] = size
-            room -= size
-        if room:
-            failed += 1                                     # nothing was taken; another draw may do
-            continue
+            chances = next_topic_weights(left).cumsum()[:-1].tolist()
+        n = rng.integers(low, high + 1)
+        cuts = np.sort(rng.integers(0, width - n * least + 1, n - 1))
+        row, topic = [], -1
+        for size in (np.diff(cuts, prepend=0, append=width - n * least) + least).tolist():
+            before = topic
+            while topic == before:
+                topic = bisect.bisect(chances, rng.random())
+            pool = pools[topic]
+            i = bisect.bisect(pool, (size,))                # of the shortest that is long enough
+            if i == len(pool):
+                break
+            if pool[i][0] > size:
+                i = rng.integers(i, len(pool))
+            row.append((size, *pool.pop(i)))
+        whole = len(row) == n                               # else all goes back; another draw may do
+        if whole:
+            yield [(article, lengths[article] - rest, size) for size, rest, article in row]
+        for size, rest, article in row:
+            rest -= whole * size
+            if rest >= least:
+                bisect.insort(pools[labels[article]], (rest, article))
+        n_rows += whole
+        failed = 0 if whole else failed + 1
 
-        failed = 0
-        for a, size in mine.items():
-            k = labels[a]
-            pieces.append((row, a, lengths[a] - rest[a], size))
-            rest[a] -= size
-            left[k] -= size
-            if rest[a] < least:
-                left[k] -= rest[a]
-                last = pools[k][-1]                         # takes its place
-                pools[k][index[a]] = last
-                index[last] = index[a]
-                pools[k].pop()
-        bar.update(width)
-        row += 1
-    bar.close()
-    return np.array(pieces, np.int64).reshape(-1, 4)
+class RowsOnDisk:
+    """Rows [rows, width] of a file, read when they are sliced: of a memory map all that was read counts as memory."""
+    ndim = 2
 
-def make_rows(cfg, name, mask, tokens, lengths, labels):
-    """Tokens uint16 and topics uint8 [rows, width] of a split, the articles of mask [n], and its counts. tokens: of
-    all articles, one after the other; lengths, labels: of each article [n]."""
+    def __init__(self, path, dtype, width):
+        self.path, self.dtype, self.width = path, np.dtype(dtype), width
+
+    def __len__(self):
+        return os.path.getsize(self.path) // self.dtype.itemsize // self.width
+
+    def __getitem__(self, rows):
+        start, stop = self.width * rows.start, self.width * min(rows.stop, len(self))
+        flat = np.fromfile(self.path, self.dtype, stop - start, offset=start * self.dtype.itemsize)
+        return flat.reshape(-1, self.width)
+
+def write_rows(cfg, name, mine, lengths, labels, folder):
+    """The rows of a split as NAME.bin and NAME_topics.bin beside the tokens in folder; returns its counts. mine: its
+    articles; lengths, labels: of all articles [n]."""
     width = cfg.block_size + 1
     low, high = VAL_SEGMENTS if name == 'val' else (cfg.min_segments, cfg.max_segments)
     rng = np.random.default_rng([cfg.seed, 3 + (name == 'val')])
-    mine = np.flatnonzero(mask)
-    pieces = pack(rng, lengths[mine], labels[mine], width, low, high, cfg.min_segment_len, f'pack {name}')
-    if not len(pieces):
+    first = (np.cumsum(lengths) - lengths)[mine]
+    lengths, labels = lengths[mine], labels[mine]
+    with (open(f'{folder}/tokens.bin', 'rb') as tokens, open(f'{folder}/{name}.bin', 'wb') as x,
+          open(f'{folder}/{name}_topics.bin', 'wb') as z):
+        rows = list(pack(rng, lengths, labels, width, low, high, cfg.min_segment_len))
+        for i in rng.permutation(len(rows)):                # the last ones are of the ends of articles
+            for article, start, size in rows[i]:
+                tokens.seek(2 * int(first[article] + start))
+                x.write(tokens.read(2 * size))
+                z.write(bytes([labels[article]]) * size)
+    if not rows:
         raise SystemExit(f'{cfg.source}: {len(mine)} {name} articles do not make one row of {low}-{high} segments '
                          f'in {width} tokens; give more, or lower block_size, min_segments or min_segment_len')
-    pieces[:, 1] = mine[pieces[:, 1]]
-
-    n_rows = pieces[-1, 0] + 1
-    x = np.empty((n_rows, width), np.uint16)                # filled in place, as a copy would be large
-    z = np.empty((n_rows, width), np.uint8)
-    where = np.argsort(rng.permutation(n_rows))             # of each row: they are shuffled
-    starts = np.cumsum(lengths) - lengths
-    at = 0
-    for row, a, start, size in pieces.tolist():
-        first = starts[a] + start
-        x[where[row], at:at + size] = tokens[first:first + size]
-        z[where[row], at:at + size] = labels[a]
-        at = (at + size) % width
-
-    total = int(lengths[mine].sum())
-    print(f'{name:10}{len(x):,} rows, {x.size / total:.1%} of {total:,} tokens')
-    if name == 'train' and x.size < 0.95 * total:
-        most = np.bincount(labels[mine], lengths[mine]).max() / total
-        print(f'WARNING: {1 - x.size / total:.1%} of the training tokens are not used; the largest topic has '
-              f'{most:.0%} of them (a half is the most that can be mixed); or lower block_size or min_segment_len')
-    return x, z, {'articles': len(mine), 'tokens': total, 'used': x.size, 'unused': total - x.size}
+    total, used = int(lengths.sum()), len(rows) * width
+    print(f'{name:10}{len(rows):,} rows, {used / total:.1%} of {total:,} tokens (of a topic that has more than half of '
+          'them a part is left)')
+    return {'articles': len(mine), 'tokens': total, 'used': used}
 
 # -----------------------------------------------------------------------------
 
 def main(cfg):
     """Writes data_dir unless it is there with the same parameters; returns the folder."""
     check(cfg)
-    try:
-        meta = parameters(cfg)
-        if shards.is_there(cfg.data_dir, meta):
-            shards.read(cfg.data_dir)
-            if cfg.topics_from:
-                labels = [read_topics(f, cfg.n_topics)['labels'] for f in (cfg.data_dir, cfg.topics_from)]
-                if not np.array_equal(*labels):
-                    raise SystemExit(f'{cfg.data_dir}: its articles have other topics than those of '
-                                     f'{cfg.topics_from}; delete it or choose another data_dir')
-            print(f'{cfg.data_dir} is there, with these parameters')
-            return cfg.data_dir
-        os.makedirs(cfg.work_dir, exist_ok=True)
-        with FileLock(f'{cfg.work_dir}/lock', timeout=0):
-            prepare(cfg, meta)
-        return cfg.data_dir
-    except Timeout:
-        raise SystemExit(f'{cfg.work_dir}: another prepare_wiki.py is at work there; wait for it, or choose '
-                         'another --work_dir') from None
-    except OSError as e:
-        raise SystemExit(f'{e.filename or cfg.work_dir}: {e.strerror or e}; make room or choose another '
-                         '--work_dir; the same command goes on') from None
-    except KeyboardInterrupt:
-        raise SystemExit(f'{cfg.work_dir}: stopped; the same command goes on') from None
-
-def find_topics(cfg, meta, read, source_folder, ids, n):
-    """The folder of clusters.json and topics.md: topics_from, or that of the clusters phase. ids: digest of the n
-    articles; read: what they are made of."""
-    if cfg.topics_from:
-        return cfg.topics_from
-    embedding = read | {'embedder': meta.get('embedder_digest', cfg.embedder)}
-    if cfg.embedder == 'lsa':
-        embedding['seed'] = cfg.seed
+    meta = parameters(cfg)
+    if shards.is_there(cfg.data_dir, meta):
+        shards.read(cfg.data_dir)
+        print(f'{cfg.data_dir} is there, with these parameters')
     else:
-        embedding['embed_tokens'] = cfg.embed_tokens
-    embed_folder, _ = phase(cfg, 'embed', embedding, embed, source_folder, n)
-    params = embedding | {'n_topics': cfg.n_topics, 'seed': cfg.seed}
-    made_of = {k: meta[k] for k in ('embedder', 'embed_tokens', 'n_topics', 'embedder_digest') if k in meta}
-    folder, _ = phase(cfg, 'clusters', params, cluster, source_folder, embed_folder, made_of, ids, n)
-    return folder
+        with runs.locked(cfg.work_dir):
+            prepare(cfg, meta)
+    return cfg.data_dir
 
 def prepare(cfg, meta):
-    """The six phases; writes data_dir."""
-    if not hub(cfg) and 'source_digest' not in meta:
-        raise SystemExit(f'{cfg.source}: no .parquet or .jsonl file there; --source= is a file, a folder, a glob '
-                         'or a hub dataset such as wikimedia/wikipedia')
-    read = {'source': meta.get('source_digest', [cfg.source, cfg.subset]), 'max_articles': cfg.max_articles,
-            'min_chars': cfg.min_chars}
-    source_folder, facts = phase(cfg, 'articles', read, collect)
-    n = facts['kept']
-    if n <= cfg.n_topics:
-        raise SystemExit(f'{cfg.source}: {n} articles after cleaning ({facts["counts"]["read"]} read), too few '
-                         f'for {cfg.n_topics} topics; give more, or lower --n_topics or --min_chars')
-    ids, n_bytes = [], 0
-    for a in articles(source_folder):
-        ids.append(a['id'])
-        n_bytes += len(a['text'].encode())
-    if len(ids) != n:
-        raise SystemExit(f'{source_folder}: is not whole, though it was done; delete that folder, and the same '
-                         'command goes on')
-    if len(set(ids)) < n:
-        print(f'WARNING: {n - len(set(ids)):,} articles have the id of another; val_ids of meta.json is ambiguous')
-
-    ids_digest = hashlib.sha256('\n'.join(ids).encode()).hexdigest()[:16]
-    topics_folder = find_topics(cfg, meta, read, source_folder, ids_digest, n)
-    clusters = read_topics(topics_folder, cfg.n_topics)
-    if clusters.get('ids') != ids_digest:
-        raise SystemExit(f'{topics_folder}: its topics are of {len(clusters["labels"]):,} other articles than '
-                         f'these {n:,}; give the same source, max_articles and min_chars, or leave topics_from out')
-
+    """All phases; writes data_dir."""
+    source = phase(cfg, meta, ARTICLES, articles)
+    ids = [a['id'] for a in read_all(source)]
+    n = len(ids)
+    n_val = round(cfg.val_share * n)
+    if n <= cfg.n_topics or not 0 < n_val < n:
+        raise SystemExit(f'{cfg.source}: {n} articles after cleaning are too few for n_topics = {cfg.n_topics} or '
+                         f'val_share = {cfg.val_share}; give more, or choose other n_topics, val_share or min_chars')
     val = np.zeros(n, bool)                                 # the split, by article, before anything is packed
-    n_val = min(max(1, round(cfg.val_share * n)), n - 1)
     val[np.random.default_rng([cfg.seed, 0]).permutation(n)[:n_val]] = True
-    split = read | {'val_share': cfg.val_share, 'seed': cfg.seed, 'vocab_size': cfg.vocab_size}
-    tokenizer_folder, _ = phase(cfg, 'tokenizer', split, train_tokenizer, source_folder, val)
-    tokens_folder, _ = phase(cfg, 'tokens', split, encode, source_folder, tokenizer_folder, n)
 
-    clock = time.time()
-    tokens, lengths = read_tokens(tokens_folder)
-    arrays, used = {}, {}
-    for name, mask in (('train', ~val), ('val', val)):
-        arrays[name], arrays[f'{name}_topics'], used[name] = make_rows(
-            cfg, name, mask, tokens, lengths, clusters['labels'])
-    meta['corpus'] = {'articles': n, 'counts': facts['counts'], 'tokens': used,
-                      'topics': {k: clusters[k] for k in ('sizes', 'largest_share', 'ami')},
-                      'bytes_per_token': n_bytes / len(tokens), 'val_ids': list(itertools.compress(ids, val))}
-    meta['references'] = {'uniform': np.log(cfg.vocab_size), 'bigram': None, 'filter': None, 'oracle': None}
+    digest = hashlib.sha256('\n'.join(ids).encode()).hexdigest()[:16]
+    topics_folder = cfg.topics_from
+    if not topics_folder:
+        made_of = {key: meta[key] for key in CLUSTERS[-4:] if key in meta}
+        vectors_folder = phase(cfg, meta, VECTORS, vectors, source, n)
+        topics_folder = phase(cfg, meta, CLUSTERS, clusters, source, vectors_folder, made_of, digest, n)
+    topics = read_topics(topics_folder)
+    if topics.get('ids') != digest or topics['n_topics'] != cfg.n_topics:
+        raise SystemExit(f'{topics_folder}: has {topics["n_topics"]} topics of {len(topics["labels"]):,} other '
+                         f'articles, not n_topics = {cfg.n_topics} of these {n:,}; give the same source, max_articles '
+                         'and min_chars, or leave topics_from out')
+    bpe_folder = phase(cfg, meta, TOKENS, tokenizer, source, val)
+    folder = phase(cfg, meta, TOKENS, tokens, source, bpe_folder)
+    lengths = np.concatenate([np.load(path) for path in files_of(folder, '.npy')])
+
+    counts, arrays = {}, {}
+    for name, mine in (('train', ~val), ('val', val)):
+        counts[name] = write_rows(cfg, name, np.flatnonzero(mine), lengths, topics['labels'], folder)
+        for key in (name, f'{name}_topics'):
+            arrays[key] = RowsOnDisk(f'{folder}/{key}.bin', shards.DTYPES[key], cfg.block_size + 1)
+    meta['corpus'] = {'articles': n, 'tokens': counts, 'val_ids': list(itertools.compress(ids, val)),
+                      'topics': {key: topics.get(key) for key in ('sizes', 'ari', 'ami')}}
+    meta['references'] = {'uniform': math.log(cfg.vocab_size), 'bigram': None, 'filter': None, 'oracle': None}
     shards.write(cfg.data_dir, arrays, meta, {
-        'tokenizer.json': tokenizer_folder, 'clusters.json': topics_folder, 'topics.md': topics_folder})
-    print(f'rows      {sum(counts["used"] for counts in used.values()):,} tokens in '
-          f'{time.time() - clock:,.0f} s; {cfg.data_dir}')
+        'tokenizer.json': bpe_folder, 'clusters.json': topics_folder, 'topics.md': topics_folder})
 
 if __name__ == '__main__':
     # a config file of an experiment means its runs by out_dir; on this command line it can only be the dataset
-    main(configure(__file__, [arg.replace('--out_dir=', '--data_dir=', 1) for arg in sys.argv[1:]]))
+    command(main, __file__, argv=[arg.replace('--out_dir=', '--data_dir=', 1) for arg in sys.argv[1:]])

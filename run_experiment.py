@@ -35,7 +35,7 @@ import runs
 import shards
 import train
 from configurator import SCRIPTS, Setting, be_patient, block, command
-from machine import threads
+from machine import progress, threads
 from model import build
 
 # -----------------------------------------------------------------------------
@@ -192,9 +192,6 @@ def make_arm(cfg, arm, seed, plan):
             changes = {'keep_rope': run.config['keep_rope'], 'recal_data_dir': run.config['data_dir']}
             drope.recalibrate(stage(cfg, 'drope.py', run=parent.folder, **changes), run.length)
         analyze.main(stage(cfg, 'analyze.py', run=run.folder, causal=True))
-    for other in set(cfg.arms) - {arm}:                     # with those that are there; later ones see this one
-        for mine, theirs in zip(plan, arm_runs(cfg, other, seed)):
-            analyze.compare_states(mine.folder, theirs.folder, cfg.device)
 
 def collect(cfg):
     """runs.jsonl of the plan's rows that are there; published at once: another machine will know what is done."""
@@ -253,6 +250,13 @@ def run_in_turn(cfg, todo):
 # -----------------------------------------------------------------------------
 # the end
 
+def compare_runs(cfg, plan):
+    """CKA of each run with the same of the arms before it, into its row."""
+    for (arm, seed), mine in progress(plan.items(), desc='CKA', unit='arm'):
+        for other in cfg.arms[:cfg.arms.index(arm)]:
+            for run, theirs in zip(mine, plan[other, seed]):
+                analyze.compare_states(run.folder, theirs.folder, cfg.device)
+
 def collect_examples(cfg, everything):
     """examples.json of the experiment: the pictures of the first seed's main runs, those of kept RoPE aside."""
     found = runs.read_json(os.path.join(place(cfg), 'examples.json')) or {}
@@ -298,11 +302,12 @@ def take_published(everything, published):
             runs.open_run(run.folder, run.config)           # stops where a run with other settings is
             runs.write_json(os.path.join(run.folder, 'row.json'), row)
 
-def make_report(cfg, everything):
+def make_report(cfg, plan, everything):
     """runs.jsonl, examples.json, figures and summary.md of the plan's runs."""
     for name in ('clusters.json', 'topics.md'):             # what the topics are, where they are clusters
         with contextlib.suppress(FileNotFoundError):
             shutil.copy(os.path.join(cfg.data_dir, name), cfg.out_dir)
+    compare_runs(cfg, plan)
     collect(cfg)
     collect_examples(cfg, everything)
     report.write(cfg.out_dir)                               # the numbers, whatever becomes of the pictures
@@ -345,7 +350,7 @@ def main(cfg):
         run_together(cfg, todo, plan)
     else:
         run_in_turn(cfg, todo)
-    make_report(cfg, everything)
+    make_report(cfg, plan, everything)
     if cfg.publish:
         runs.publish(cfg.out_dir, place(cfg))
 

@@ -104,7 +104,7 @@ def test_what_is_undefined_is_null():
     same = {'uniform': 3.0, 'bigram': 2.0, 'filter': 2.0, 'oracle': 1.0}
     found = analyze.outcome(2.5, same)
     assert found['gap_closed'] is None and found['excess'] == 0.5
-    assert runs.orderedness([{'topics': [5, 0]}, {'topics': [4, 0]}], 'topics') is None          # one topic tells nothing
+    assert runs.orderedness([{'topics': [5, 0]}, {'topics': [4, 0]}], 'topics') is None        # one topic
     assert runs.plain({'a': np.array([1.0, np.nan]), 'b': torch.tensor(np.nan)}) == {'a': [1.0, None], 'b': None}
     assert report.t_interval([1.0]) == (1.0, None, None) and report.sign_flip_p([1.0]) is None
     assert report.fieller({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0}) == (None, None, None)
@@ -166,8 +166,8 @@ def test_the_environment_is_told_in_one_line(dataset, tmp_path):
     assert set(os.listdir(tmp_path / 'figures')) == {'loss.png', 'order.png'}
 
 def test_cores_that_may_be_used():
-    command = ['taskset', '-c', '0', sys.executable, '-c', 'import machine; print(machine.threads(), machine.threads(9))']
-    assert subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout == '1 1\n'
+    one_core = ['taskset', '-c', '0', sys.executable, '-c', 'import machine as m; print(m.threads(), m.threads(9))']
+    assert subprocess.run(one_core, capture_output=True, text=True, cwd=HERE).stdout == '1 1\n'
     assert machine.threads() >= 1 and report.patterns(26, 2).shape == (2 ** 16, 26)
 
 def test_paths(dataset, tmp_path, monkeypatch):

@@ -224,7 +224,7 @@ def test_script(tmp_path):
         assert shown == '—' if value is None else abs(float(shown) - value) < 1e-3
 
 @pytest.mark.parametrize('flag, words', (
-    ('--seed=1', "'seed'"), ('--device=', '--run='), ('--lens_rows=1', 'at least 2')))
+    ('--seed=1', "'seed'"), ('--device=', '--run='), ('--lens_rows=1', 'lens_rows = 1 is not in')))
 def test_bad_input(flag, words):
     with pytest.raises(SystemExit, match=words):
         tensor_lens.main(configure('tensor_lens.py', [flag]))

@@ -230,7 +230,7 @@ def test_rows_on_disk(tmp_path):
     """runs.jsonl holds what rows share once, plain or gzipped, and gives every row its whole config back."""
     made = []
     for seed, steps in ((0, 9), (1, 9), (0, 5)):
-        columns = {'condition': 'mha_shuffled_rope', 'attention': 'mha', 'order': 'shuffled', 'cycles': 1,
+        columns = runs.OLDER | {'condition': 'mha_shuffled_rope', 'attention': 'mha', 'order': 'shuffled', 'cycles': 1,
                    'cooldown': 0.0, 'pure': False, 'positions': 'rope', 'seed': seed, 'recal_steps': steps}
         config = {'seed': seed, 'max_iters': steps, 'n_layer': 2}
         made.append(columns | {'device': 'none', 'versions': {}, 'config': config})
@@ -247,7 +247,8 @@ def test_orderedness_and_curve():
     bins = lambda *counts: [{'topics': list(c)} for c in counts]
     assert orderedness(bins((10, 0), (0, 10)), 'topics') == pytest.approx(1)
     assert orderedness(bins((5, 5), (5, 5)), 'topics') == pytest.approx(0)
-    assert 0.1 < orderedness(bins((8, 2), (2, 8)), 'topics') < 0.5 and orderedness([{'topics': [0, 0]}], 'tokens') is None
+    assert 0.1 < orderedness(bins((8, 2), (2, 8)), 'topics') < 0.5
+    assert orderedness([{'topics': [0, 0]}], 'tokens') is None
     records = [{'step': i, 'loss': float(i), 'val_loss': i / 2 if i % 50 == 0 else None, 'lr': 0.1, 'topics': [1, i]}
                for i in range(1001)]
     found = curve(records)
@@ -383,7 +384,7 @@ def test_divergence_memory_and_compile_stop_with_one_line(dataset, tmp_path):
     good = [*TINY, f'--data_dir={dataset}', '--eval_interval=5']
     done = run('train.py', *good, '--max_iters=40', '--muon_lr=1e30', f'--run={tmp_path}/a')
     refuses(done, 'loss is', 'step', '--muon_lr')
-    done = run('train.py', *good, '--max_iters=4', '--mlp_hidden=400000000000', f'--run={tmp_path}/b')
+    done = run('train.py', *good, '--max_iters=4', '--mlp_hidden=2000000000', f'--run={tmp_path}/b')
     refuses(done, 'out of memory', '--grad_accum')
     compiler = {'CXX': '/nonexistent', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
     done = run('train.py', *good, '--max_iters=4', '--compile=True', f'--run={tmp_path}/c', env=compiler)
