@@ -26,7 +26,7 @@ recal_data_dir = ''         # dataset to recalibrate on; '' = the parent's
 recal_iters = (0.01,)       # lengths: a fraction of the parent's steps, or from 1 on whole steps [0, 2**31)
                             # the first is the main one; 0 drops RoPE and trains no further
 keep_rope = False           # true: the RoPE-kept control
-recal_lr_scale = 1.0        # the parent's learning rates times this [0, inf)
+recal_lr_scale = (1.0,)     # the parent's learning rates times this; one for all lengths or one for each [0, inf)
 grad_accum = 1              # as in train.py [1, 2**31)
 device = ''                 # as in train.py
 dtype = ''                  # as in train.py
@@ -36,16 +36,22 @@ compile: bool = None        # as in train.py
 
 RECAL_STREAM = 1            # of row_order: other draws than training's, the same in every arm
 
-def recal_steps(lengths, parent_steps):
-    """{length: steps} of recalibration, at least 1 unless the length is 0. Stops with one line at impossible ones."""
-    steps = {}
+def schedules(cfg, parent_steps):
+    """{length: (steps, lr_scale)} of cfg.recal_iters, at least 1 step unless the length is 0. Stops with one line at
+    lengths that can't be."""
+    lengths, scales = cfg.recal_iters, cfg.recal_lr_scale
+    if len(scales) == 1:
+        scales *= len(lengths)
+    steps = []
     for length in lengths:
         if length >= 1 and length % 1:
             raise SystemExit(f'recal_iters = {length}: a fraction below 1, or whole steps')
-        steps[length] = max(1, round(length * parent_steps)) if 0 < length < 1 else int(length)
-    if lengths[0] == 0 or len(set(steps.values())) < len(lengths):
+        steps.append(max(1, round(length * parent_steps)) if 0 < length < 1 else int(length))
+    if steps[0] == 0 or len(set(steps)) < len(steps):
         raise SystemExit(f'recal_iters = {lengths}: the first is above 0, and of {parent_steps} steps all differ')
-    return steps
+    if len(scales) != len(steps):
+        raise SystemExit(f'recal_lr_scale = {scales}: one number, or one for each of recal_iters = {lengths}')
+    return dict(zip(lengths, zip(steps, scales)))
 
 def recal_config(parent_config, parent, steps, keep_rope, lr_scale, data_dir, meta):
     """The parent's config with what recalibration changes; data_dir, meta: of the rows it reads."""
@@ -78,8 +84,8 @@ def recalibrate(cfg, length):
         raise SystemExit(f'{cfg.run}: not a run trained with RoPE, so there is none to drop')
     data_dir = cfg.recal_data_dir or parent['data_dir']
     data = shards.read(data_folder(data_dir, parent['seed'])) if cfg.recal_data_dir else read_data(parent, cfg.run)
-    steps = recal_steps(cfg.recal_iters, parent['max_iters'])[length]
-    c = recal_config(parent, cfg.run, steps, cfg.keep_rope, cfg.recal_lr_scale, data_dir, data.meta)
+    steps, scale = schedules(cfg, parent['max_iters'])[length]
+    c = recal_config(parent, cfg.run, steps, cfg.keep_rope, scale, data_dir, data.meta)
     c['grad_accum'] = cfg.grad_accum
     folder = recal_folder(cfg.run, cfg.keep_rope, None if length == cfg.recal_iters[0] else steps)
     where = machine(cfg.device, cfg.dtype, cfg.compile)

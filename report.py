@@ -35,11 +35,11 @@ MEASURES = {
     'gap_closed': Measure('Gap closed', '.1%'),
     'within': Measure('Within', '.1%', 'share of attention', 'uniform', 'explored'),
     'within_all': Measure('Within, all', '.1%', chance='uniform'),
-    'within_cross_ratio': Measure('Within / cross', '.2f'),
+    'within_cross_ratio': Measure('Within / cross', '.2f', chance='uniform'),
     'entropy': Measure('Entropy', '.2f', 'nats', 'uniform', 'explored'),
     'entropy_last': Measure('Entropy, last layer', '.2f', 'nats', role='tested'),
-    'entropy_within': Measure('Entropy within', '.2f'),
-    'entropy_cross': Measure('Entropy cross', '.2f'),
+    'entropy_within': Measure('Entropy within', '.2f', chance='uniform'),
+    'entropy_cross': Measure('Entropy cross', '.2f', chance='uniform'),
     'probe': Measure('Probe, middle layer', '.1%', 'accuracy', 'majority', 'tested'),
     'score_p': Measure('P', '+.3f', 'log ratio', role='tested', since=2),
     'excess_mass': Measure('Excess mass', '+.2%', 'share of attention', role='tested'),
@@ -346,7 +346,7 @@ def measures_table(rows, which):
         m = MEASURES[key]
         path = 'probe.references.majority' if m.chance == 'majority' else f'uniform.{key}'
         levels = [x for x in (part(row, path) for row in rows) if x is not None]
-        level = f' ({m.chance} {format(np.mean(levels), m.format)})' if levels else ''
+        level = f' ({m.chance} {format(np.mean(levels), m.format)})' if m.chance and levels else ''
         headings.append(m.heading + level)
     lines, groups = [], {}
     for row in rows:

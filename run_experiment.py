@@ -122,14 +122,14 @@ def arm_runs(cfg, arm, seed):
     c = train.resolve(train_stage(cfg, arm, seed), own)
     folder = runs.run_folder(cfg.out_dir, c)
     found = [Run(folder, c, None)]
-    lengths = drope.recal_steps(cfg.recal_iters, c['max_iters']) if c['rope'] else {}
-    for (length, steps), keep in itertools.product(lengths.items(), (False, True)):
+    lengths = drope.schedules(cfg, c['max_iters']) if c['rope'] else {}
+    for (length, (steps, scale)), keep in itertools.product(lengths.items(), (False, True)):
         if keep and not length:
             continue                                        # kept and trained no further is the parent
         further = None if length == cfg.recal_iters[0] else steps
         if further is not None and seed in cfg.seeds[cfg.course_seeds or len(cfg.seeds):]:
             continue
-        config = drope.recal_config(c, folder, steps, keep, cfg.recal_lr_scale, mixed.data_dir, meta)
+        config = drope.recal_config(c, folder, steps, keep, scale, mixed.data_dir, meta)
         found.append(Run(runs.recal_folder(folder, keep, further), config, length))
     return found
 

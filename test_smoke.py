@@ -265,7 +265,7 @@ def test_files_before_flags_and_derived_values(tmp_path):
     assert (cfg.n_embd, cfg.max_iters, cfg.compile, cfg.n_kv_head, cfg.run) == (256, 9, False, None, '123')
     assert configure('run_experiment.py', ['--arms=a,b', '--seeds=3']).arms == ('a', 'b')
     cfg = configure('drope.py', [str(path), '--recal_lr_scale=1'])
-    assert cfg.recal_iters == (0.1,) and type(cfg.recal_lr_scale) is float and not hasattr(cfg, 'n_embd')
+    assert cfg.recal_iters == (0.1,) and type(cfg.recal_lr_scale[0]) is float and not hasattr(cfg, 'n_embd')
 
 def test_scripts_share_their_defaults():
     """A key that two scripts have must mean the same in both: run_experiment.py resolves it once. The two makers of
