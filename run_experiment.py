@@ -321,7 +321,7 @@ def main(cfg):
     check(cfg)
 
     # ---- the plan; the bytes of a dataset that all seeds share are part of it
-    pairs = list(itertools.product(cfg.arms, cfg.seeds))
+    pairs = [(arm, seed) for seed, arm in itertools.product(cfg.seeds, cfg.arms)]       # whole seeds, one by one
     shared_data = cfg.data_script not in ('', 'data_synth.py')
     if shared_data and not cfg.dry_run:
         make_data(cfg, pairs)
