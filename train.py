@@ -254,7 +254,7 @@ def graphed(step):
         torch.cuda.current_stream().wait_stream(side)
         yield
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):              # by default that of the first GPU that ever captured
         step()
     while True:
         graph.replay()
