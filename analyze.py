@@ -10,7 +10,6 @@ mask away, as the log's own analysis did, and writes the two columns that this g
 unmasked.json.
 """
 import base64
-import functools
 import io
 import os
 import time
@@ -123,14 +122,18 @@ def over_rows(sums, measure):
     """
     halves, errors = [], []
     for groups in sums:
-        even, odd = functools.reduce(measures.add, groups[::2]), functools.reduce(measures.add, groups[1::2])
-        halves.append(torch.stack([measure(even)[:-1], measure(odd)[:-1]]))
+        even = measure(measures.total(groups[::2]))
+        odd = measure(measures.total(groups[1::2]))
+        halves.append(torch.stack([even, odd]))
         without = []
         for g in range(GROUPS):
-            rest = functools.reduce(measures.add, groups[:g] + groups[g + 1:])
-            without.append(measure(rest)[:-1])
-        errors.append(torch.stack(without).std(0, correction=0) * (GROUPS - 1) ** 0.5)
-    return torch.stack(halves, 1), torch.stack(errors)
+            rest = groups[:g] + groups[g + 1:]
+            without.append(measure(measures.total(rest)))
+        spread = torch.stack(without).std(0, correction=0)
+        errors.append(spread * (GROUPS - 1) ** 0.5)
+    halves = torch.stack(halves, 1)
+    errors = torch.stack(errors)
+    return halves[:, :, :-1], errors[:, :-1]                # the last head is uniform attention
 
 def head_table(sums, draws, seed):
     """
@@ -139,7 +142,8 @@ def head_table(sums, draws, seed):
     """
     by_layer = []
     for groups in sums:
-        by_layer.append(measures.head_measures(functools.reduce(measures.add, groups), draws, seed))
+        whole = measures.total(groups)
+        by_layer.append(measures.head_measures(whole, draws, seed))
     heads = {}
     for name in by_layer[0]:
         heads[name] = torch.stack([layer[name] for layer in by_layer])
@@ -267,10 +271,15 @@ def compare_states(run, other, device=''):
     """CKA of the middle layer's states in two run folders, into the row of the first; nothing where one has none."""
     paths = [os.path.join(folder, 'states.npy') for folder in (run, other)]
     row, theirs = runs.read_row(run), runs.read_row(other)
-    if not (row and theirs and all(map(os.path.exists, paths))) or theirs['condition'] in row['cka']:
+    if not (row and theirs and all(map(os.path.exists, paths))):
+        return
+    if theirs['condition'] in row['cka']:
         return
     device, *_ = machine(device)
-    states = [torch.from_numpy(np.load(path)).to(device).flatten(0, 1) for path in paths]      # [rows * T, n_embd]
+    states = []
+    for path in paths:
+        x = torch.from_numpy(np.load(path)).to(device)
+        states.append(x.flatten(0, 1))                      # [rows * T, n_embd]
     row['cka'][theirs['condition']] = measures.cka(*states)
     runs.write_json(os.path.join(run, 'row.json'), row)
 
@@ -371,6 +380,7 @@ def analyse(cfg):
     runs.write_json(os.path.join(cfg.run, 'example.json'), shown)
     references = NO_REFERENCES | (data.meta.get('references') or {})
     seconds = {'train': records[-1]['seconds'], 'analysis': time.time() - clock}
+    settings = {key: getattr(cfg, key) for key in SETTINGS}
     row = runs.columns(c) | attention | {
         'main': runs.is_main(cfg.run),
         'measures_version': measures.VERSION,
@@ -382,7 +392,7 @@ def analyse(cfg):
         'probe': probe,
         'lens': lens,
         'curve': runs.curve(records),
-        'settings': {key: getattr(cfg, key) for key in SETTINGS},
+        'settings': settings,
         **versions(device),
         'seconds': seconds,
         'config': c}

@@ -9,6 +9,7 @@ Batches of rows go through attention_sums -> add -> head_measures, in fp64: a he
 scores P = 0 to rounding. H heads come back as H + 1: the last is uniform attention, the level of chance. Rows are
 the unit of every error: the tokens of a row share a few runs, so errors per token are far too small.
 """
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,6 +122,10 @@ def add(total, part):
     if total is None:
         return part
     return {key: total[key] + part[key] for key in total}             # lists are joined
+
+def total(parts):
+    """The sums of several batches of rows together."""
+    return functools.reduce(add, parts)
 
 # -----------------------------------------------------------------------------
 # attention: measures

@@ -307,7 +307,7 @@ def plot_effects(exp):
             colour = exp.colour[e['arms'][0]]
             ax.plot([e['low'], e['high']], [y, y], color=colour)
             ax.plot(e['mean'], y, MARKS[e['kind']], color=colour)
-            ax.text(1.02, y, 'p ' + runs.show(e['p'], '.3f'), va='center', transform=ax.get_yaxis_transform())
+            ax.text(1.02, y, 'p ' + runs.show(e['p'], '.2g'), va='center', transform=ax.get_yaxis_transform())
     return fig
 
 # -----------------------------------------------------------------------------
@@ -328,9 +328,9 @@ def plot_course(exp):
     ax, = axes.flat
     for label in names(found, 'label'):
         draw_course(exp, ax, pick(found, label=label))
-    steps = names(found, 'steps')
     ax.set(xscale='log', xlabel='steps of recalibration', ylabel=f'difference ({measure.unit})')
-    ax.set_xticks(steps, steps)
+    for_ticks = pick(found, named=True, attention=found[0]['attention'])
+    ax.set_xticks([c['steps'] for c in for_ticks], [f'{c["steps"]}\nn = {c["drope"]["n"]}' for c in for_ticks])
     ax.minorticks_off()
     legend(fig)
     return fig

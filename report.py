@@ -283,7 +283,7 @@ def effects(header, rows):
             e['kind'] = 'primary'
             if at == 'drope' and measure not in PAIRS:
                 kept = compared(main, contrast, 'kept', measure)
-                read(e, (kept['p'] or 1) <= 0.05, f'kept: p {runs.show(kept["p"], ".3f")}')
+                read(e, (kept['p'] or 1) <= 0.05, f'kept: p {runs.show(kept["p"], ".2g")}')
         if e['n']:
             found.append(e)
     for attention in names(found, 'attention'):
@@ -364,7 +364,7 @@ def effects_table(found):
         lines.append([
             e['kind'], MEASURES[e['measure']].heading, e['label'] + e['note'],
             number(list(e['differences'].values()), '+.4f'), runs.show(e['smallest'], '.4f'), str(e['n']),
-            runs.show(e['p'], '.3f'), runs.show(e['p_adjusted'], '.3f')])
+            runs.show(e['p'], '.2g'), runs.show(e['p_adjusted'], '.2g')])
     return table(['', 'Measure', 'Contrast', 'Difference', '80% power from', 'n', 'p', 'p (max-T)'], lines)
 
 def course_table(found):
@@ -374,14 +374,11 @@ def course_table(found):
         cells = [c['label'], str(c['steps'])]
         for e in (c['kept'], c['drope']):
             difference = number(list(e['differences'].values()), '+.4f')
-            cells.append(f'{difference}, p {runs.show(e["p"], ".3f")}{e["note"]}')
+            cells.append(f'{difference}, p {runs.show(e["p"], ".2g")}{e["note"]}')
         ratio, low, high = c['ratio']
         between = 'unbounded' if low is None else f'[{low:+.2f}, {high:+.2f}]'
         lines.append([*cells, runs.show(ratio, '+.2f'), between, str(c['drope']['n'])])
     return table(['Contrast', 'Steps', 'Kept', 'DroPE', 'DroPE / kept', '95% interval', 'n'], lines)
-
-# -----------------------------------------------------------------------------
-# the report
 
 NOTES = """Gap closed: from the topic-blind bigram to the Bayes filter. Within: attention on keys of the query's topic,
 over queries with a choice; it is high for any local head. Within, all: over all queries, as in the log. P: topic or

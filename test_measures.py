@@ -1,5 +1,4 @@
 """Tests of measures.py, on attention made by hand and on rows of topics like the project's."""
-import functools
 import math
 from types import SimpleNamespace
 
@@ -270,7 +269,7 @@ def test_error_over_rows():
         groups = [M.attention_sums(topic_heads(z[g::8]), z[g::8], causal(z)) for g in range(8)]
         for measure in (M.score_p, M.excess_mass):
             halves, errors = analyze.over_rows([groups], measure)
-            found.append((measure(functools.reduce(M.add, groups))[:-1], errors[0], halves[:, 0].mean(0)))
+            found.append((measure(M.total(groups))[:-1], errors[0], halves[:, 0].mean(0)))
     for values, errors, halves in (map(torch.stack, zip(*found[i::2])) for i in (0, 1)):
         moving = values.std(0) > 1e-9
         assert ((errors.square().mean(0).sqrt() / values.std(0))[moving] - 1).abs().max() < 0.35 and moving.any()

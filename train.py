@@ -204,10 +204,9 @@ def compiled(model):
     return torch.compile(model, options={'online_softmax': False})           # faster without, here
 
 def training_step(model, loss_of, muon, adamw, c, corpus, batches, start, dtype):
-    """(step, loss_sum): a function without arguments that makes an optimizer step, and the sum [] of its mean losses.
-    All that a step reads is on the device, its number and rate too: nothing waits for the host, and a compiled step on
-    one GPU is a CUDA graph. loss_of: the model, or what `compiled` made of it. c: the run's config. start: first step.
-    corpus: int32 [N, block_size + 1]. batches: rows of it for this process, int64 [max_iters, grad_accum, micro]."""
+    """(step, loss_sum): a function that makes an optimizer step, and the sum [] of its mean losses. All that a step reads
+    is on the device: nothing waits for the host, and a compiled step on one GPU is a CUDA graph. loss_of: the model, or
+    what `compiled` made of it. corpus: int32 [N, block_size + 1]. batches: rows of it, [max_iters, grad_accum, micro]."""
     device = corpus.device
     _, world = processes()
     scales = [lr_scale(s, c['max_iters'], c['warmup_iters']) for s in range(c['max_iters'])]
@@ -244,8 +243,7 @@ def training_step(model, loss_of, muon, adamw, c, corpus, batches, start, dtype)
     return step, loss_sum
 
 def graphed(step):
-    """Makes a step at each `next`, from the fourth on as one CUDA graph: hundreds of kernels for one launch. The first
-    run as they are, which compiles; then one is captured (docs.pytorch.org/docs/stable/notes/cuda.html)."""
+    """Makes a step at each `next`: three as they are, which compiles; then one CUDA graph, a launch for all kernels."""
     side = torch.cuda.Stream()
     for _ in range(3):
         side.wait_stream(torch.cuda.current_stream())

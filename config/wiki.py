@@ -9,5 +9,5 @@ min_segments, max_segments, min_segment_len = 2, 4, 64
 n_layer, n_embd, n_head, head_dim, mlp_hidden = 12, 768, 12, 64, 2048
 max_iters = 30_000
 warmup_iters = 1000
-recal_iters = (0.3, 0.1)
+recal_iters = (0.3, 0.1, 0.0, 0.01)      # what is there at once, and what grows again
 lens_rows = 50              # 98M and 512 tokens: a quarter of the rows, the same picture
