@@ -206,7 +206,7 @@ def compiled(model):
 def training_step(model, loss_of, muon, adamw, c, corpus, batches, start, dtype):
     """(step, loss_sum): a function that makes an optimizer step, and the sum [] of its mean losses. All that it reads
     is on the device: nothing waits for the host, and a compiled step on one GPU is a CUDA graph. loss_of: the model or
-    what `compiled` made of it. corpus: int32 [N, block_size + 1]. batches: rows of it, [max_iters, grad_accum, micro]."""
+    what `compiled` made of it. corpus: int32 [N, block_size + 1]. batches: its rows, [max_iters, grad_accum, micro]."""
     device = corpus.device
     _, world = processes()
     scales = [lr_scale(s, c['max_iters'], c['warmup_iters']) for s in range(c['max_iters'])]
