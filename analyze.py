@@ -268,12 +268,14 @@ def bigram_references(rows, meta, keys):
     return dict(zip_longest(('equal', 'posterior'), scores))
 
 def compare_states(run, other, device=''):
-    """CKA of the middle layer's states in two run folders, into the row of the first; nothing where one has none."""
+    """CKA of the middle layer's states in two run folders, into the row of the first; nothing where one has none, or
+    where they are no newer than that."""
     paths = [os.path.join(folder, 'states.npy') for folder in (run, other)]
     row, theirs = runs.read_row(run), runs.read_row(other)
     if not (row and theirs and all(map(os.path.exists, paths))):
         return
-    if theirs['condition'] in row['cka']:
+    made = os.path.getmtime(os.path.join(run, 'row.json'))
+    if theirs['condition'] in row['cka'] and made >= max(map(os.path.getmtime, paths)):
         return
     device, *_ = machine(device)
     states = []
@@ -281,7 +283,8 @@ def compare_states(run, other, device=''):
         x = torch.from_numpy(np.load(path)).to(device)
         states.append(x.flatten(0, 1))                      # [rows * T, n_embd]
     row['cka'][theirs['condition']] = measures.cka(*states)
-    runs.write_json(os.path.join(run, 'row.json'), row)
+    with runs.locked(run):
+        runs.write_json(os.path.join(run, 'row.json'), row)
 
 # -----------------------------------------------------------------------------
 # probes

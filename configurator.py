@@ -61,7 +61,7 @@ def block(script):
             kind = tuple[type(value[0])]                    # all of a tuple's elements are of the first one's type
         if annotation:
             kind = typing.Optional[eval(annotation, scratch)]
-        interval = re.search(r'#.*([\[(][^,]+, [^,]+[\])])$', lines[node.lineno - 1])
+        interval = re.search(r'#.*([\[(]-?[\d.]+, (?:[\d.e*]+|inf)[\])])$', lines[node.lineno - 1])
         keys[key] = Setting(value, kind, interval[1] if interval else '')
     return keys
 
@@ -198,7 +198,8 @@ class Patient:
     nor where it is closed or cannot show a character."""
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, 'w')
-        self.stream.reconfigure(errors='replace')
+        with contextlib.suppress(AttributeError):           # a notebook's shows every character
+            self.stream.reconfigure(errors='replace')
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

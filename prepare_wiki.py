@@ -242,14 +242,14 @@ RULES = (                   # in this order, and again where one thing was in an
     (r"'{3,}", ''),
     (r"(?<![\d'])''(?!\s)([^'\n]+(?:'[^'\n]+)*)''", r'\1'),            # italics, not 5' 11''
     (r'^={2,6}([^=\n]+)={2,6}[ \t]*$', r'\1'),
-    (r'^[*#:;]+[ \t]|\bformula_\d+\b|__[A-Z]+__', ''))
+    (r'^[*#:;]+[ \t]|\bformula_\d+\b|(?-i:__[A-Z]+__)', ''))
 # what is left of marks without their other half, and of tags that are no words, whatever their attributes are
 HALVES = (r'<!--|\{\{+|\}\}+|\[\[|\]\]|^[ \t:]*\{\||^[ \t]*\|\}|'
           rf'</?(?:references|br|div|span|font|{WHOLE})\b[^<>]*>')
 # a heading after which there are but items of lists and short lines that are no sentences, to the end
 HEADING = (r'^[^\w\n]*(?:see also|(?:notes and )?references|external links|further reading|notes|footnotes|sources|'
            r'citations|bibliography)[^\w\n]*$')
-TAIL = rf'{HEADING}(?:\n(?!{HEADING})(?:[^\w\n].*|.{{0,150}}(?<![.!?।。]))$)*\Z'
+TAIL = rf'{HEADING}(?:\n(?!{HEADING})(?:[^\w\n].*|.{{0,150}}(?<![.!?।。]))$)*+\Z'
 
 def unescape(mark):
     return html.unescape(mark[0])

@@ -388,7 +388,7 @@ PROBE = 'After the last layer. Running mean: of 32 embeddings. Control task: a r
 BIGRAM = """P and O of attention to keys with the query's bigram, and of the topic's posterior from a bigram at each
 end. A head above both knows more than two neighbouring tokens tell."""
 CIRCUITS = 'Effective rank of the singular values of QK (at distance 0) and OV, mean over heads.'
-EFFECTS = """Primary, named beforehand: {primary}; a number after DroPE is read only if p <= .05 with RoPE kept.
+EFFECTS = """Primary, named beforehand: {primary}; after DroPE it is read only if p <= .05 with RoPE kept.
 
 Base: the mean of a seed's shuffled and reshuffled arms, or the one that is there. p: two-sided, by sign flips of seeds.
 ln(1 - CKA) and Profile of P (atanh r over heads, centred by layer; read from a split-half reliability of 0.8 on): how

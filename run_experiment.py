@@ -329,7 +329,11 @@ def main(cfg):
     everything = list(itertools.chain(*plan.values()))
     cfg.folders = [run.folder for run in everything]
     own = rows_by_key(place(cfg))
-    published = rows_by_key(cfg.rows_from) | own if cfg.rows_from else own
+    published = own
+    if cfg.rows_from:
+        published = rows_by_key(cfg.rows_from) | own
+        if published == own:
+            raise SystemExit(f'rows_from = {cfg.rows_from}: holds no runs.jsonl')
     todo = [pair for pair in pairs if any(to_do(cfg, run, published) for run in plan[pair])]
     steps = sum(run.config['max_iters'] for run in everything)
     print(f'{cfg.out_dir}: {len(cfg.arms)} arms x {len(cfg.seeds)} seeds, {len(everything)} runs, {steps:,} steps; '

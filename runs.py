@@ -210,7 +210,7 @@ def is_main(folder):
 # configs
 
 # where a run was made and how fast
-IDENTITY_FREE = {'data_dir', 'data_seed', 'out_dir', 'run', 'parent', 'device', 'compile', 'grad_accum'}
+IDENTITY_FREE = {'data_dir', 'out_dir', 'run', 'parent', 'device', 'compile', 'grad_accum'}
 NEEDED = {'recal_steps', 'keep_rope', 'data_dir', 'seed', 'n_topics', 'max_iters', 'order', 'n_layer', 'n_head',
           'n_kv_head', 'rope'}                              # of these every run has its own
 
@@ -226,6 +226,8 @@ def differences(config, there):
     def value(settings, key):
         return json.dumps(settings.get(key, default.get(key)))
     keys = (config.keys() | there.keys()) - IDENTITY_FREE
+    if None in (config.get('data_seed'), there.get('data_seed')):              # older, or of a dataset without a seed
+        keys -= {'data_seed'}
     return sorted(key for key in keys if value(config, key) != value(there, key))
 
 def read_config(folder):
@@ -384,8 +386,9 @@ def row_folders(out_dir, name='row.json'):
 def row_of_log(folder):
     """What the log of a run tells before anything is measured, as a row."""
     config, records = read_config(folder), read_log(folder)
+    losses = [record['val_loss'] for record in records if record['val_loss'] is not None]
     return columns(config) | {
-        'main': is_main(folder), 'measures_version': 0, 'val_loss': records[-1]['val_loss'], 'references': {},
+        'main': is_main(folder), 'measures_version': 1, 'val_loss': losses[-1], 'references': {},
         'excess': None, 'curve': curve(records), 'device': 'not measured', 'versions': {'torch': '—'},
         'config': config}
 
@@ -399,7 +402,7 @@ def open_rows(folder):
         return gather(folder)
     header, rows = read_rows(folder)
     if not rows:                                            # trained, not yet analysed: that has losses at least
-        rows = [row_of_log(run) for run in row_folders(folder, 'ckpt.pt')]
+        rows = [row_of_log(run) for run in row_folders(folder, 'ckpt.pt')]     # a checkpoint comes after a loss
         header = make_header(folder, rows, None) if rows else None
     if not rows:
         raise SystemExit(f'{folder}: holds no row.json and no runs.jsonl yet; train and analyze a run first')

@@ -164,6 +164,7 @@ def test_the_environment_is_told_in_one_line(dataset, tmp_path):
     done = run('plot.py', str(tmp_path), env={'MPLBACKEND': 'module://nowhere'})               # not analysed yet
     assert done.returncode == 0, done.stderr
     assert set(os.listdir(tmp_path / 'figures')) == {'loss.png', 'order.png'}
+    assert report.value(runs.row_of_log(f'{tmp_path}/run'), 'val_loss') > 0
 
 def test_cores_that_may_be_used():
     one_core = ['taskset', '-c', '0', sys.executable, '-c', 'import machine as m; print(m.threads(), m.threads(9))']

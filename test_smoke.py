@@ -225,6 +225,8 @@ def test_a_new_key_does_not_void_old_runs():
     old = {'max_iters': 5, 'seed': 0}
     assert runs.differences(old | {'cooldown': 0.0, 'data_dir': 'elsewhere'}, old) == []
     assert runs.differences(old | {'cooldown': 0.1}, old) == ['cooldown']
+    assert runs.differences(old | {'data_seed': 1}, old | {'data_seed': None}) == []       # not known there
+    assert runs.differences(old | {'data_seed': 1}, old | {'data_seed': 0}) == ['data_seed']
 
 def test_rows_on_disk(tmp_path):
     """runs.jsonl holds what rows share once, plain or gzipped, and gives every row its whole config back."""

@@ -114,7 +114,7 @@ BODY = 'The river rises in the hills and runs to the sea, past four towns and a 
     ('a\n{| class="w"\n! b\n|-\n| c\n{|\n| d\n|}\n|}\ne |x| f', 'a\n\ne |x| f'),
     ('2&nbsp;m &amp;lt;b&gt;c&lt;/b&gt; AT&T &c; R&#233;', '2 m c AT&T &c; Ré'),
     ('[[Lake|lakes]] [[Sea]] [[Datei:a b.JPG|mini|an [[Ox|oxen]] x]][[Category:Z]]y [http://u.v w]', 'lakes Sea y w'),
-    ('== Head ==\n* item\n# one\n__TOC__ formula_12', 'Head\nitem\none'),
+    ('== Head ==\n* item\n# one\n__TOC__ formula_12 __init__', 'Head\nitem\none\n__init__'),
     ('so\u00adft ze\u200bro \ufeffw\u2060j \u200eltr a\u200db \ud800', 'soft zero wj ltr ab'),
     ('می\u200cخواهم क्\u200dष 👩\u200d💻', 'می\u200cخواهم क्\u200dष 👩\u200d💻'),
     ('e\u0301 \t \x0bx\r\n \n\n\n\ny', 'é x\n\ny'),
@@ -127,7 +127,8 @@ def test_clean(text, kept):
 @pytest.mark.parametrize('start, unit', [
     *(('', unit) for unit in ('{{', '}}', '<', '<b ', '<ref>', '[[', '{|\n', '<!--', 'a', ' ', '\n', "''a", '&',
                               'Notes\n', '\u0301\u0323', '<b a="', '[[a|', '[[a.jpg', '{{a}}', '<ref>a</ref>')),
-    ('[//', 'a'), ('[[', 'a|'), ('<b', ' '), ('<b a="', "b='"), ("''", "a'b"), ('=', '='), ('{|', '\n|')])
+    ('[//', 'a'), ('[[', 'a|'), ('<b', ' '), ('<b a="', "b='"), ("''", "a'b"), ('=', '='), ('{|', '\n|'),
+    ('References\n', '* item\n')])
 def test_linear(start, unit):
     """A megabyte of anything is cleaned in seconds; a pattern that is not linear takes hours."""
     clock = time.process_time()

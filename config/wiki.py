@@ -2,7 +2,8 @@
 data_script = 'prepare_wiki.py'
 data_dir = 'data/wiki'
 out_dir = 'out/wiki'
-arms = ('mha_shuffled', 'mha_topic_ordered')
+arms = ('mha_shuffled', 'mha_reshuffled', 'mha_topic_ordered')
+primary = ('profile', 'topic_ordered', 'drope')
 source, max_articles, embedder = 'wikimedia/wikipedia', 500_000, 'all-MiniLM-L6-v2'
 n_topics, vocab_size, block_size = 8, 16_384, 512
 min_segments, max_segments, min_segment_len = 2, 4, 64
