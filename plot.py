@@ -329,8 +329,10 @@ def plot_course(exp):
     for label in names(found, 'label'):
         draw_course(exp, ax, pick(found, label=label))
     ax.set(xscale='log', xlabel='steps of recalibration', ylabel=f'difference ({measure.unit})')
-    for_ticks = pick(found, named=True, attention=found[0]['attention'])
-    ax.set_xticks([c['steps'] for c in for_ticks], [f'{c["steps"]}\nn = {c["drope"]["n"]}' for c in for_ticks])
+    lengths = pick(found, named=True, attention=found[0]['attention'])
+    steps = [c['steps'] for c in lengths]
+    ax.set_xticks(steps, [f'{c["steps"]}\nn = {c["drope"]["n"]}' for c in lengths])
+    ax.set_xlim(steps[0] / 1.5, steps[-1] * 1.5)            # of one length too
     ax.minorticks_off()
     legend(fig)
     return fig
