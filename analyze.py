@@ -122,9 +122,10 @@ def over_rows(sums, measure):
     """
     halves, errors = [], []
     for groups in sums:
-        even = measure(measures.total(groups[::2]))
-        odd = measure(measures.total(groups[1::2]))
-        halves.append(torch.stack([even, odd]))
+        even = measures.total(groups[::2])
+        odd = measures.total(groups[1::2])
+        both = [measure(even), measure(odd)]
+        halves.append(torch.stack(both))
         without = []
         for g in range(GROUPS):
             rest = groups[:g] + groups[g + 1:]
@@ -275,7 +276,8 @@ def compare_states(run, other, device=''):
     if not (row and theirs and all(map(os.path.exists, paths))):
         return
     made = os.path.getmtime(os.path.join(run, 'row.json'))
-    if theirs['condition'] in row['cka'] and made >= max(map(os.path.getmtime, paths)):
+    newest = max(map(os.path.getmtime, paths))
+    if theirs['condition'] in row['cka'] and made >= newest:
         return
     device, *_ = machine(device)
     states = []
