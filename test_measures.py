@@ -162,8 +162,8 @@ def test_every_measure_equals_the_slow_version(kind, keys):
 # P and O: what they find and what they leave alone
 
 def gated(A, gate):
-    """Patterns A [B, H, T, T] times gate [B, T], the rest of the mass on the sink."""
-    A = A * gate[:, None, :, None]
+    """Patterns A [B, H, T, T] times gate [B, 1 or H, T], the rest of the mass on the sink."""
+    A = A * gate[..., None]
     A[..., 0] += 1 - A.sum(-1)
     return A
 
@@ -176,8 +176,12 @@ def test_position_alone_scores_zero(kind):
     assert (out['o_z'] == 0).all() and (out['o_p'] == 1).all()
     def heads(z):
         near = torch.sigmoid(2 - M.distance_from_boundary(z) / 16)
-        return gated(position_heads(z), (1 + z) / 5 * near * torch.rand(z.shape, generator=g))
+        return gated(position_heads(z), ((1 + z) / 5 * near * torch.rand(z.shape, generator=g))[:, None])
     assert (np.abs(measured(streamed(heads, z))['score_p']) < 1e-12).all()
+    anywhere = normalise(torch.rand(30, 128, 128, generator=g))                # 30 preferences, a gate for each query
+    def random(z):
+        return gated(anywhere.expand(len(z), -1, -1, -1), torch.rand(len(z), 30, 128, generator=g))
+    assert (np.abs(measured(streamed(random, make_rows(60, seed=1, **kind)))['score_p']) < 1e-12).all()
 
 def test_p_of_planted_topic_heads():
     """Log-odds c on the query's topic, on a decay of 64; last, .3 in a head that goes to the sink past a boundary."""
@@ -185,7 +189,7 @@ def test_p_of_planted_topic_heads():
         same = (z[:, :, None] == z[:, None]).double()
         A = torch.stack([normalise((c * same - distances(256) / 64).exp()) for c in (-3, -1, -.3, .3, 1, 3)], 1)
         after = M.distance_from_boundary(z)                      # -1 before the first
-        return torch.cat((A, gated(A[:, 3:4], 0.02 + 0.98 * ((after >= 0) & (after < 16)))), 1)
+        return torch.cat((A, gated(A[:, 3:4], (0.02 + 0.98 * ((after >= 0) & (after < 16)))[:, None])), 1)
     samples = [measured(streamed(heads, make_rows(400, T=256, min_run=32, seed=k)))['score_p'] for k in range(3)]
     *P, past = np.mean(samples, 0)
     assert P == pytest.approx([-1.17, -.45, -.14, .14, .46, 1.49], abs=0.05)
