@@ -160,12 +160,6 @@ def unmade(folder, source_folder):
         if not os.path.exists(path):
             yield read_file(source), path
 
-def save(path, x):
-    """An array as a file, all or nothing."""
-    with runs.writing(path):
-        np.save(f'{path}.tmp.npy', x)
-        os.replace(f'{path}.tmp.npy', path)
-
 def sample(stream, n):
     """SAMPLE of the n articles, or of what belongs to each, evenly spread; all if there are no more."""
     return itertools.islice(stream, 0, None, math.ceil(n / SAMPLE))
@@ -362,7 +356,7 @@ def vectors(cfg, folder, source, n):
         raise SystemExit(f'embedder = {cfg.embedder!r}: of no use here ({reason(e)}); lsa wants words that tell '
                          'articles apart; or name a sentence-transformers model, and check the network') from None
     for some, path in unmade(folder, source):
-        save(path, encode(beginnings(some, chars)).astype(np.float32))
+        runs.write_array(path, encode(beginnings(some, chars)).astype(np.float32))
 
 # -----------------------------------------------------------------------------
 # clusters
@@ -442,7 +436,7 @@ def tokens(cfg, folder, source, tokenizer_folder):
             ids = [e.ids for e in bpe.encode_batch_fast([a['text'] for a in some])]
             f.write(np.concatenate(ids).astype(np.uint16))
             f.flush()
-            save(path, [len(x) for x in ids])
+            runs.write_array(path, [len(x) for x in ids])
 
 # -----------------------------------------------------------------------------
 # rows

@@ -10,6 +10,7 @@ settings in which it differs.
 import contextlib
 import glob
 import gzip
+import io
 import json
 import os
 import re
@@ -63,6 +64,12 @@ def write_bytes(path, content):
 def write_text(path, text):
     """Replace a text file, atomically; UTF-8."""
     write_bytes(path, text.encode('utf-8'))
+
+def write_array(path, x):
+    """Replace a .npy file, atomically."""
+    file = io.BytesIO()
+    np.save(file, x)
+    write_bytes(path, file.getbuffer())
 
 def plain(x):
     """Arrays, tensors and numbers as JSON has them: nested lists, null where a number is not defined."""

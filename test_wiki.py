@@ -286,10 +286,13 @@ def test_held_up(fresh, monkeypatch):
     """By a run at work in the same folder, or by a full disk: one line, and the same command goes on."""
     with runs.locked(fresh / 'work'):
         refused('another process is at work there', fresh)
-    def full(path, x):
-        raise OSError(errno.ENOSPC, 'No space left on device', path)
+    replace = os.replace
+    def full(temporary, path):
+        if path.endswith('.npy'):
+            raise OSError(errno.ENOSPC, 'No space left on device', path)
+        replace(temporary, path)
     with monkeypatch.context() as patch:
-        patch.setattr(np, 'save', full)
+        patch.setattr(os, 'replace', full)
         refused('cannot be written (No space left on device)', fresh)
     make(fresh)
 
