@@ -10,7 +10,6 @@ mask away, as the log's own analysis did, and writes the two columns that this g
 unmasked.json.
 """
 import base64
-import io
 import os
 import time
 import zlib
@@ -115,26 +114,32 @@ def pass_over(model, rows, desc, allowed=None, causal=True):
         joined.append([torch.cat(split) for split in zip(*parts)])
     return joined, sums, torch.cat(middle)
 
-def over_rows(sums, measure):
-    """
-    A measure of every head on even and on odd rows [2, L, H], and its standard error over rows [L, H], by the
-    jackknife that leaves out a group at a time (Efron & Tibshirani 1993, eq. 11.5).
-    """
-    halves, errors = [], []
+def half_scores(sums):
+    """P of every head on even and on odd rows [2, L, H], from the sums of each layer and group."""
+    halves = []
     for groups in sums:
-        even = measures.total(groups[::2])
-        odd = measures.total(groups[1::2])
-        both = [measure(even), measure(odd)]
-        halves.append(torch.stack(both))
+        even = measures.score_p(measures.total(groups[::2]))
+        odd = measures.score_p(measures.total(groups[1::2]))
+        halves.append(torch.stack([even, odd]))
+    return torch.stack(halves, 1)[:, :, :-1]                # the last head is uniform attention
+
+def row_errors(sums):
+    """
+    Standard error over rows of P and of excess mass, {name: [L, H]}, by the jackknife that leaves out a group at a
+    time (Efron & Tibshirani 1993, eq. 11.5).
+    """
+    P, mass = [], []
+    for groups in sums:
         without = []
         for g in range(GROUPS):
-            rest = groups[:g] + groups[g + 1:]
-            without.append(measure(measures.total(rest)))
-        spread = torch.stack(without).std(0, correction=0)
-        errors.append(spread * (GROUPS - 1) ** 0.5)
-    halves = torch.stack(halves, 1)
-    errors = torch.stack(errors)
-    return halves[:, :, :-1], errors[:, :-1]                # the last head is uniform attention
+            rest = measures.total(groups[:g] + groups[g + 1:])
+            both = measures.score_p(rest), measures.excess_mass(rest)
+            without.append(torch.stack(both))
+        spread = torch.stack(without).std(0, correction=0)  # [2, H + 1]
+        error = spread[:, :-1] * (GROUPS - 1) ** 0.5
+        P.append(error[0])
+        mass.append(error[1])
+    return {'score_p': torch.stack(P), 'excess_mass': torch.stack(mass)}
 
 def head_table(sums, draws, seed):
     """
@@ -189,15 +194,14 @@ def attention_columns(model, fresh, sums, draws, seed):
     uniform = {name: x[:, -1].mean() for name, x in table.items()}
     init_rank = {name: x.mean(1) for name, x in ranks(fresh).items()}          # [L]
     uniform |= {name: x.mean() for name, x in init_rank.items()}
-    halves, errors = over_rows(sums, measures.score_p)
-    _, excess_errors = over_rows(sums, measures.excess_mass)
+    halves = half_scores(sums)
     return {
         'mean': {name: x.nanmean() for name, x in heads.items()},
         'uniform': uniform,
         'heads': heads,
         'halves': {'score_p': halves},
         'reliability': measures.reliability(halves),
-        'errors': {'score_p': errors, 'excess_mass': excess_errors},
+        'errors': row_errors(sums),
         'init_rank': init_rank}
 
 def example(model, rows, score):
@@ -362,9 +366,7 @@ def analyse(cfg):
         allowed.append(model.allowed(layer, c['block_size']))
     desc = f'analyse {os.path.relpath(cfg.run)}'
     states, sums, kept = pass_over(model, rows, desc, allowed)
-    file = io.BytesIO()
-    np.save(file, kept[:STATE_ROWS])
-    runs.write_bytes(os.path.join(cfg.run, 'states.npy'), file.getbuffer())
+    runs.write_array(os.path.join(cfg.run, 'states.npy'), kept[:STATE_ROWS])
     fresh = build(c, torch.Generator().manual_seed(c['seed'])).to(device)
     untrained, *_ = pass_over(fresh, rows, 'untrained')
     attention = attention_columns(model, fresh, sums, cfg.null_draws, c['seed'])

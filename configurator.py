@@ -45,8 +45,9 @@ def block(script):
     is the type a value must have; a key that may also be None is annotated: `n_kv_head: int = None`."""
     keys = {}
     scratch = {}
-    lines = source(script).splitlines()
-    for node in ast.parse(source(script)).body:
+    whole = source(script)
+    lines = whole.splitlines()
+    for node in ast.parse(whole).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
         text = ast.unparse(node)

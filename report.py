@@ -173,7 +173,7 @@ def against(row, compare):
     (pure windows of the base: mixed ones), and the placebo in the same passes; a rerun with what it repeats.
     """
     plain = row | {'repeat': 0}
-    if row.get('repeat'):
+    if row['repeat']:
         return [[plain]]
     shuffles = SHUFFLES if compare['base'] in SHUFFLES else (compare['base'],)
     base = [plain | {'order': order, 'cycles': 1, 'cooldown': 0.0} for order in shuffles]

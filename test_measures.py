@@ -267,17 +267,19 @@ def test_runs_and_distances():
 
 def test_error_over_rows():
     """The jackknife's error of P and of excess mass is the spread over samples of rows, of any head."""
-    found = []
+    found, halves = [], []
     for k in range(40):
         z = make_rows(80, T=64, min_run=8, seed=k)
         groups = [M.attention_sums(topic_heads(z[g::8]), z[g::8], causal(z)) for g in range(8)]
+        errors = analyze.row_errors([groups])
         for measure in (M.score_p, M.excess_mass):
-            halves, errors = analyze.over_rows([groups], measure)
-            found.append((measure(M.total(groups))[:-1], errors[0], halves[:, 0].mean(0)))
-    for values, errors, halves in (map(torch.stack, zip(*found[i::2])) for i in (0, 1)):
+            found.append((measure(M.total(groups))[:-1], errors[measure.__name__][0]))
+        halves.append(analyze.half_scores([groups])[:, 0].mean(0))
+    for values, errors in (map(torch.stack, zip(*found[i::2])) for i in (0, 1)):
         moving = values.std(0) > 1e-9
         assert ((errors.square().mean(0).sqrt() / values.std(0))[moving] - 1).abs().max() < 0.35 and moving.any()
-        assert (halves - values).abs().mean() < values.std(0).max()
+    P = torch.stack([value for value, _ in found[::2]])
+    assert (torch.stack(halves) - P).abs().mean() < P.std(0).max()
 
 def test_reliability():
     """Noise as large as the profile, on each half: r = 1/2, so 2/3 for all rows. The level of a layer says nothing."""
