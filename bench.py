@@ -2,6 +2,7 @@
 How fast a config trains: the step of train.py beside the same step in plain PyTorch, in one run.
 
     python bench.py config/run1.py
+    torchrun --nproc_per_node=2 bench.py config/run1.py --scaling=True      # after the same with one
 
 Random tokens, no dataset. Times are medians over bench_steps steps, with the 10th and 90th percentile, after a warm-up
 that compiles. MFU: the products that a step cannot do without, 6 N a token (N parameters, the tied matrix once) and
@@ -15,20 +16,22 @@ import time
 import torch
 
 from configurator import SCRIPTS, command
-from machine import machine, memory_errors, versions
+from machine import machine, memory_errors, processes, versions
 from model import build
-from runs import write_json
+from runs import read_json, write_json
 from train import check, compiled, lr_scale, micro_batch, optimizers, resolve, split_parameters, training_step
 
 # -----------------------------------------------------------------------------
 # config
 
 bench_steps = 60            # timed steps, after warm-up [10, 2**31)
+scaling = False             # under torchrun: a row for this number of GPUs in out/bench/<config>_scaling.json
 
 # -----------------------------------------------------------------------------
 
 WARMUP = 6                  # steps before those that are timed
 N_ROWS = 4096               # rows of random tokens
+PROFILED = 5                # steps that are profiled
 
 def plain_step(model, c, corpus, batches, dtype):
     """The step as one would write it first: eager, torch's own Muon, the schedule in Python. Arguments as in
@@ -65,7 +68,7 @@ def step_flops(c, n_parameters):
     return c['batch_size'] * c['block_size'] * 6 * (n_parameters + attention)
 
 def timed(step, n, device):
-    """Milliseconds of n calls of `step`, each waited for, after a warm-up; sorted."""
+    """(milliseconds of n calls of `step` after a warm-up, each waited for, sorted; of the very first)."""
     times = []
     for _ in range(WARMUP + n):
         clock = time.perf_counter()
@@ -73,7 +76,7 @@ def timed(step, n, device):
         if device.type == 'cuda':
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - clock))
-    return sorted(times[WARMUP:])
+    return sorted(times[WARMUP:]), times[0]
 
 def matmul_rate(device, dtype):
     """TFLOP/s of large products of random normals: 8192^3 on a GPU, 1024^3 on a CPU."""
@@ -85,30 +88,69 @@ def matmul_rate(device, dtype):
         for _ in range(10):                                 # as in a step: waited for once
             a @ b
 
-    times = timed(products, 11, device)
+    times, _ = timed(products, 11, device)
     return 10 * 2 * n ** 3 / times[5] / 1e9
+
+def random_rows(c, device):
+    """Random tokens on the device [N_ROWS, block_size + 1], and those that this process reads, as train.fit has them."""
+    rank, world = processes()
+    g = torch.Generator().manual_seed(c['seed'])
+    corpus = torch.randint(c['vocab_size'], (N_ROWS, c['block_size'] + 1), generator=g, dtype=torch.int32)
+    batches = torch.randint(N_ROWS, (c['max_iters'], c['grad_accum'], world, micro_batch(c, world)), generator=g)
+    return corpus.to(device), batches[:, :, rank].to(device)
+
+def our_step(model, c, corpus, batches, dtype, compile):
+    loss_of = compiled(model) if compile else model
+    muon, adamw = optimizers(model, c, dtype, compile)
+    step, _ = training_step(model, loss_of, muon, adamw, c, corpus, batches, 0, dtype)
+    return step
+
+def communication(step, ms):
+    """The share of a step of `ms` milliseconds that NCCL's kernels take, waiting for other GPUs included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(PROFILED):
+            step()
+        torch.cuda.synchronize()
+    spent = sum(event.device_time_total for event in profile.key_averages() if 'nccl' in event.key)
+    return spent / 1000 / PROFILED / ms
+
+def scaling_rows(c, n, path, device, dtype, compile):
+    """Add this number of GPUs to the table at `path`: at equal global batch, and at batch_size rows a GPU."""
+    rank, world = processes()
+    table = read_json(path) or {**versions(device), 'rows': []}
+    for batch_size in (c['batch_size'], c['batch_size'] * world):
+        corpus, batches = random_rows(c | {'batch_size': batch_size}, device)
+        model = build(c, torch.Generator().manual_seed(0)).to(device)
+        step = our_step(model, c, corpus, batches, dtype, compile)
+        times, _ = timed(step, n, device)
+        ms = times[n // 2]
+        row = {'gpus': world, 'batch_size': batch_size, 'ms_per_step': ms, 'rows_per_s': 1000 * batch_size / ms,
+               'communication': communication(step, ms) if device.type == 'cuda' else None}
+        one = next((r for r in table['rows'] if r['gpus'] == 1), row)
+        row['ratio'] = row['rows_per_s'] / one['rows_per_s']
+        table['rows'] = [r for r in table['rows'] if (r['gpus'], r['batch_size']) != (world, batch_size)] + [row]
+        if rank == 0:
+            print(row)
+    if rank == 0:
+        write_json(path, table)
 
 def main(cfg):
     check(cfg)
     n = cfg.bench_steps
     device, dtype, compile = machine(cfg.device, cfg.dtype, cfg.compile)
     c = resolve(cfg, {'vocab_size': cfg.vocab_size, 'block_size': cfg.block_size})
-    c['max_iters'] = n + WARMUP
-    g = torch.Generator().manual_seed(c['seed'])
-    corpus = torch.randint(c['vocab_size'], (N_ROWS, c['block_size'] + 1), generator=g, dtype=torch.int32).to(device)
-    batches = torch.randint(N_ROWS, (c['max_iters'], c['grad_accum'], micro_batch(c)), generator=g).to(device)
-
-    with memory_errors('a lower --batch_size needs less, and is another benchmark'):
-        model = build(c, g).to(device)
-        loss_of = compiled(model) if compile else model
-        muon, adamw = optimizers(model, c, dtype, compile)
-        step, _ = training_step(model, loss_of, muon, adamw, c, corpus, batches, 0, dtype)
-        times = timed(step, n, device)
-        rate = matmul_rate(device, dtype)
-        step = plain_step(build(c, g).to(device), c, corpus, batches, dtype)
-        plain_ms = timed(step, n, device)[n // 2]
-
+    c['max_iters'] = WARMUP + n + PROFILED
     name = os.path.basename(cfg.files[-1]).removesuffix('.py') if cfg.files else 'default'
+    with memory_errors('a lower --batch_size needs less, and is another benchmark'):
+        if cfg.scaling:
+            return scaling_rows(c, n, f'out/bench/{name}_scaling.json', device, dtype, compile)
+        corpus, batches = random_rows(c, device)
+        model = build(c, torch.Generator().manual_seed(0)).to(device)
+        times, first = timed(our_step(model, c, corpus, batches, dtype, compile), n, device)
+        rate = matmul_rate(device, dtype)
+        model = build(c, torch.Generator().manual_seed(0)).to(device)
+        plain, _ = timed(plain_step(model, c, corpus, batches, dtype), n, device)
+
     ms = times[n // 2]
     n_parameters = sum(p.numel() for p in model.parameters())
     result = {
@@ -117,12 +159,13 @@ def main(cfg):
         'dtype': dtype,
         'compiled': compile,
         'parameters': n_parameters,
+        'first_step_s': first / 1000,
         'ms_per_step': ms,
         'ms_spread': [times[n // 10], times[-1 - n // 10]],
         'mfu': step_flops(c, n_parameters) / ms / 1e9 / rate,
         'matmul_tflops': rate,
-        'reference_ms': plain_ms,
-        'ratio': plain_ms / ms}
+        'reference_ms': plain[n // 2],
+        'ratio': plain[n // 2] / ms}
     for key, value in result.items():
         print(f'{key:16s} {value}')
     write_json(f'out/bench/{name}.json', result)

@@ -88,7 +88,7 @@ def recalibrate(cfg, length):
     c = recal_config(parent, cfg.run, steps, cfg.keep_rope, scale, data_dir, data.meta)
     c['grad_accum'] = cfg.grad_accum
     folder = recal_folder(cfg.run, cfg.keep_rope, None if length == cfg.recal_iters[0] else steps)
-    where = machine(cfg.device, cfg.dtype, cfg.compile)
+    where = machine(cfg.device, cfg.dtype, cfg.compile, steps)
     with memory_errors(RAISE_GRAD_ACCUM.format(**c)), locked(folder, processes()[0]):
         model = build(c)
         if not os.path.exists(os.path.join(folder, 'ckpt.pt')):              # else fit resumes from that one

@@ -3,9 +3,11 @@ What every script needs of the machine: device and dtype, processes, versions, p
 """
 import atexit
 import contextlib
+import math
 import multiprocessing
 import os
 import re
+import warnings
 
 import joblib
 import numpy as np
@@ -13,9 +15,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-def machine(device, dtype='', compile=None):
-    """(torch.device, dtype, compile) with the automatic choices made, for this process. Stops with one line where there
-    is no such device or dtype."""
+COMPILE_PAYS = 1000         # steps; fewer are made before the compiler is done
+
+def machine(device, dtype='', compile=None, steps=math.inf):
+    """(torch.device, dtype, compile) with the automatic choices made, for this process and so many steps. Stops with one
+    line where there is no such device or dtype."""
     available = torch.cuda.is_available()
     name = device or ('cuda' if available else 'cpu')
     if not re.fullmatch(r'cpu|cuda(:\d+)?' if available else 'cpu', name):
@@ -33,10 +37,11 @@ def machine(device, dtype='', compile=None):
             reason = str(e).splitlines()[0]
             raise SystemExit(f'RANK is set, but {reason}; start with torchrun, or unset RANK') from None
         atexit.register(dist.destroy_process_group)
+        warnings.filterwarnings('ignore', '.*_tensor. is deprecated', FutureWarning)      # torch 2.13 names them anew
     dtype = dtype or ('bfloat16' if cuda else 'float32')
     if dtype not in ('float32', 'bfloat16'):
         raise SystemExit(f'dtype = {dtype}: float32 or bfloat16')
-    return device, dtype, cuda if compile is None else compile
+    return device, dtype, cuda and steps >= COMPILE_PAYS if compile is None else compile
 
 def processes():
     """(number of this process, how many there are)."""

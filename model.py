@@ -175,20 +175,26 @@ class Qwen3(nn.Module):
                 return False
         return True
 
+    def embed(self, idx):
+        """The residual stream as it begins [B, T, n_embd]; bf16 under autocast: half the traffic."""
+        x = self.model.embed_tokens(idx)
+        return x.bfloat16() if torch.is_autocast_enabled(x.device.type) else x
+
     def head(self, x):
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)   # tied: no lm_head
 
-    def forward(self, idx, targets=None):
-        """Logits [B, T, vocab_size] of idx [B, T]; with targets [B, T] each token's cross-entropy [B, T] in nats."""
-        x = self.model.embed_tokens(idx)                                      # [B, T, n_embd]
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.bfloat16()                                                  # the residual stream: half the traffic
+    def losses(self, x, targets):
+        """Each token's cross-entropy [B, T] in nats, of the last block's x [B, T, n_embd]."""
+        logits = self.head(x).float().flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), reduction='none').view_as(targets)
+
+    def forward(self, idx, targets=None, call_block=nn.Module.__call__, losses=losses):
+        """Logits [B, T, vocab_size] of idx [B, T]; with targets [B, T] their `losses`. The last two arguments: how a
+        block and the losses are computed, for train.compiled."""
+        x = self.embed(idx)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, *self.positions(layer, idx.size(1)))
-        logits = self.head(x)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction='none').view_as(targets)
+            x = call_block(block, x, *self.positions(layer, idx.size(1)))
+        return self.head(x) if targets is None else losses(self, x, targets)
 
     @torch.no_grad()
     def trace(self, idx, causal=True):

@@ -18,8 +18,6 @@ import shutil
 
 import numpy as np
 from filelock import FileLock, Timeout
-from scipy.stats import entropy
-from sklearn.metrics import mutual_info_score
 
 from configurator import SCRIPTS, blocks
 
@@ -293,6 +291,8 @@ def orderedness(records, key):
     the topic; for shuffled rows about (K-1)/(2 rows a bin) / H, near 0. key: 'topics', the dominant ones of rows, or
     'tokens', those of all their tokens. None without topics.
     """
+    from scipy.stats import entropy                         # only here: they take a second
+    from sklearn.metrics import mutual_info_score
     counts = [r[key] for r in records if sum(r.get(key, ()))]                  # [bins][K]
     H = entropy(np.sum(counts, 0)) if counts else 0
     return mutual_info_score(None, None, contingency=np.array(counts)) / H if H else None

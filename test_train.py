@@ -224,25 +224,33 @@ def test_arms_share_compiled_code():
 # -----------------------------------------------------------------------------
 # processes and micro-batches
 
-def test_two_processes_and_micro_batches_match_one(dataset, tmp_path):
-    """Two gloo processes against one at equal global batch. At full rates only where gradients are summed in the same
-    order, as with two micro-batches: Muon enlarges what holds next to nothing, 1e-7 in a sum to 1% in 20 such steps."""
-    args = [*TINY, '--n_head=4', '--n_embd=64', '--head_dim=16', '--mlp_hidden=176', '--batch_size=32',
-            '--max_iters=20', f'--data_dir={dataset}', '--order=topic']
-    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
-    for muon_lr, alone in (('0.02', '--grad_accum=2'), ('0.0005', '--grad_accum=1')):
-        folders = []
-        for name, launcher, extra in (('two', torchrun, '--grad_accum=1'), ('one', [], alone)):
-            command = [sys.executable, *launcher, os.path.join(HERE, 'train.py'), *args, extra, f'--muon_lr={muon_lr}',
-                       f'--out_dir={tmp_path}/{name}{muon_lr}']
-            done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            folders.append(f'{tmp_path}/{name}{muon_lr}/mha_topic_ordered_rope/seed0')
-        (x, y), (a, b) = map(losses, folders), map(weights, folders)
+def start(folder, *args, n=1):
+    """The command of a run of n processes, or of one with as many micro-batches."""
+    torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--standalone'] if n > 1 else []
+    return [*torchrun, os.path.join(HERE, 'train.py'), *args, f'--out_dir={folder}']
+
+@pytest.mark.parametrize('n, muon_lr, grad_accum', ((2, 0.02, 2), (2, 0.0005, 1), (4, 0.0005, 1)))
+def test_processes_and_micro_batches_match_one(dataset, tmp_path, n, muon_lr, grad_accum):
+    """n gloo processes, also killed and ended by one, against one at equal global batch. At full rates only where
+    gradients are summed in the same order, as with two micro-batches: Muon enlarges what holds next to nothing, 1e-7 in a
+    sum to 1% in 20 such steps."""
+    args = [*TINY, '--n_head=4', '--n_embd=64', '--head_dim=16', '--mlp_hidden=176', '--batch_size=32', '--max_iters=20',
+            f'--data_dir={dataset}', '--order=topic', '--eval_interval=5', f'--muon_lr={muon_lr}']
+    alone = f'--grad_accum={grad_accum}'
+    run_of = lambda name: f'{tmp_path}/{name}/mha_topic_ordered_rope/seed0'
+    kill_at(7, run_of('killed'), start(f'{tmp_path}/killed', *args, n=n))
+    commands = {'many': start(f'{tmp_path}/many', *args, n=n), 'one': start(f'{tmp_path}/one', *args, alone),
+                'killed': start(f'{tmp_path}/killed', *args, alone)}
+    for command in commands.values():
+        done = subprocess.run([sys.executable, *command], env=ENV, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    many, one, killed = map(run_of, commands)
+    assert len(losses(one)) == 21 and np.ptp(losses(one)[1:, 0]) > 0.01            # it is learning
+    for other in (many, killed):
+        a, b = weights(other), weights(one)
         worst = max(float((a[k] - b[k]).norm() / b[k].norm()) for k in b)
-        print(muon_lr, abs(x - y).max(), worst)
-        assert len(x) == 21 and np.ptp(x[1:, 0]) > 0.01            # it is learning
-        assert abs(x - y).max() < 1e-4 and worst < 1e-3
+        print(n, muon_lr, abs(losses(other) - losses(one)).max(), worst)
+        assert abs(losses(other) - losses(one)).max() < 1e-4 and worst < 1e-3
 
 # -----------------------------------------------------------------------------
 # DroPE

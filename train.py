@@ -10,6 +10,7 @@ Writes config.json, log.jsonl and ckpt.pt into out_dir/<condition>/seed<k>/; the
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -20,11 +21,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.adamw import adamw as adamw_step
 
 import shards
 from configurator import block, command
 from machine import machine, memory_errors, processes, progress, versions
-from model import build, load, load_weights, read_checkpoint
+from model import Block, Qwen3, build, load, load_weights, read_checkpoint
 from runs import append_log, columns, locked, open_run, read_config, read_log, run_folder, write_bytes, write_text
 
 # -----------------------------------------------------------------------------
@@ -37,7 +39,7 @@ seed = 0                    # of dataset, initialisation and order [0, 2**63)
 repeat = 0                  # 1: another run with the same settings, whose distance is that of rounding [0, 1]
 device = ''                 # cpu, cuda, cuda:1; '' = cuda where there is one
 dtype = ''                  # float32 or bfloat16 (autocast); '' = bfloat16 on cuda, float32 on cpu
-compile: bool = None        # torch.compile; none = on with cuda, off on cpu
+compile: bool = None        # torch.compile; none = with cuda, from a thousand steps on
 # model
 n_layer = 8                 # blocks [1, 2**31)
 n_head = 8                  # query heads [1, 2**31)
@@ -121,10 +123,10 @@ def newton_schulz(x):
         x = torch.baddbmm(x, x, gram, beta=a) if tall else torch.baddbmm(x, gram, x, beta=a)
     return x
 
-def muon_step(grads, momentum, master, weights, lr, weight_decay, clip):
-    """A step of all matrices of one shape, in place. grads: a list of [rows, cols]; momentum, the fp32 weights `master`
-    and the copy of them that the model works with: [n, rows, cols]; lr and clip, a factor of the gradients: []."""
-    grad = torch.stack(grads).float() * clip
+def muon_step(grad, momentum, master, weights, lr, weight_decay, clip):
+    """A step of matrices of one shape, in place. grad, momentum, the fp32 weights `master` and the copy of them that the
+    model works with: [n, rows, cols]; lr and clip, a factor of the gradients: []."""
+    grad = grad.float() * clip
     momentum.lerp_(grad, 1 - 0.95)
     x = grad.lerp(momentum, 0.95).bfloat16()                # Nesterov
     update = newton_schulz(x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
@@ -135,32 +137,73 @@ def muon_step(grads, momentum, master, weights, lr, weight_decay, clip):
 
 class Muon:
     """torch.optim.Muon, the matrices of one shape stacked, and nothing that syncs. Parameters become views of their
-    stack, of dtype; what is updated is fp32 (`master`: parameter -> its fp32 weights), as under autocast."""
+    stack, of dtype; what is updated is fp32 (`master`: parameter -> its fp32 weights), as under autocast. Of several
+    processes each updates an equal share of every stack, which zeros fill up, and all get the weights of all."""
+    @torch.no_grad()
     def __init__(self, params, lr, weight_decay, dtype=torch.float32, compile=False):
         self.lr = lr
         self.weight_decay = weight_decay
         self.update = torch.compile(muon_step, dynamic=False) if compile else muon_step
+        rank, self.world = processes()
         by_shape = {}
         for p in params:
             by_shape.setdefault(p.shape, []).append(p)
         self.stacks = []
         self.master = {}
-        for group in by_shape.values():
-            master = torch.stack(group).detach()
+        for shape, group in by_shape.items():
+            share = math.ceil(len(group) / self.world)
+            master = group[0].new_zeros(self.world * share, *shape)
+            master[:len(group)] = torch.stack(group)
             weights = master.to(dtype)                      # the same tensor where that is fp32
             self.stacks.append(SimpleNamespace(
-                params=group, master=master, weights=weights, momentum=torch.zeros_like(master)))
+                params=group, master=master, weights=weights, momentum=torch.zeros_like(master),
+                grads=torch.zeros_like(weights), mine=slice(rank * share, (rank + 1) * share)))
             for p, p_master, p_weights in zip(group, master, weights):
                 self.master[p] = p_master
                 p.data = p_weights
 
+    def take_gradients(self):
+        """The gradients of this process's share, summed over all processes: a list of [n, rows, cols]."""
+        for stack in self.stacks:
+            torch.stack([p.grad for p in stack.params], out=stack.grads[:len(stack.params)])
+            if self.world > 1:
+                dist.reduce_scatter_tensor(stack.grads[stack.mine], stack.grads)
+        return [stack.grads[stack.mine] for stack in self.stacks]
+
     @torch.no_grad()
     def step(self, scale, clip):
         """scale: what the schedule makes of the rate, clip: what clipping makes of the gradient; fp32 [], on device."""
-        lr = self.lr * scale
         for stack in self.stacks:
-            grads = [p.grad for p in stack.params]
-            self.update(grads, stack.momentum, stack.master, stack.weights, lr, self.weight_decay, clip)
+            own = [x[stack.mine] for x in (stack.grads, stack.momentum, stack.master, stack.weights)]
+            self.update(*own, self.lr * scale, self.weight_decay, clip)
+        self.gather('weights')
+
+    def gather(self, *names):
+        """Give these stacks, of which each process has its share, to all of them."""
+        for stack, name in itertools.product(self.stacks if self.world > 1 else (), names):
+            whole = getattr(stack, name)
+            dist.all_gather_into_tensor(whole, whole[stack.mine])
+
+class AdamW:
+    """torch.optim.AdamW of its parameters as one fp32 vector, of which they become views. The class itself would import
+    the compiler, which takes seconds."""
+    def __init__(self, params, lr, weight_decay):
+        self.params = params
+        self.sizes = [p.numel() for p in params]
+        self.weights = torch.cat([p.detach().flatten() for p in params])
+        for p, part in zip(params, self.weights.split(self.sizes)):
+            p.data = part.view_as(p)
+        self.lr = torch.tensor(lr, device=self.weights.device)               # on the device: a graph reads it there
+        self.weight_decay = weight_decay
+        self.state = {'exp_avg': torch.zeros_like(self.weights), 'exp_avg_sq': torch.zeros_like(self.weights),
+                      'step': torch.zeros_like(self.lr)}
+
+    @torch.no_grad()
+    def step(self, grad, scale):
+        """grad: of all parameters, one vector; scale: what the schedule makes of the rate, fp32 [], on device."""
+        mean, square, step = self.state.values()
+        adamw_step([self.weights], [grad], [mean], [square], [], [step], fused=True, amsgrad=False,
+                   beta1=0.9, beta2=0.95, lr=self.lr * scale, weight_decay=self.weight_decay, eps=1e-8, maximize=False)
 
 def split_parameters(model):
     """(2D matrices of the blocks, for Muon; embedding and norm gains, for AdamW)."""
@@ -173,18 +216,15 @@ def optimizers(model, c, dtype, compile, ckpt=None):
     """(Muon, AdamW) of a model as it is now, with the rates and the decay of its config, as they were at `ckpt`."""
     matrices, others = split_parameters(model)
     assert sorted(map(id, matrices + others)) == sorted(map(id, model.parameters()))     # each in exactly one group
-    device = others[0].device
     # the matrices may be bf16, which saves casting them and their gradients, where gradients are not added up
-    bf16 = dtype == 'bfloat16' and c['grad_accum'] == 1 and not dist.is_initialized()
+    bf16 = dtype == 'bfloat16' and c['grad_accum'] == 1
     matrix_dtype = torch.bfloat16 if bf16 else torch.float32
     muon = Muon(matrices, c['muon_lr'], c['weight_decay'], matrix_dtype, compile)
-    lr = torch.tensor(c['adam_lr'], device=device)          # on the device it changes without the host
-    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=c['weight_decay'], fused=True)
+    adamw = AdamW(others, c['adam_lr'], c['weight_decay'])
     if ckpt:
         for stack, saved in zip(muon.stacks, ckpt['optimizer']['muon']['momentum'], strict=True):
-            stack.momentum.copy_(saved)
-        adamw.load_state_dict(ckpt['optimizer']['adamw'])
-    adamw.param_groups[0]['capturable'] = device.type == 'cuda'      # also where the checkpoint is from a CPU
+            stack.momentum[:len(saved)] = saved
+        adamw.state = ckpt['optimizer']['adamw']
     return muon, adamw
 
 def lr_scale(step, max_iters, warmup_iters):
@@ -198,22 +238,23 @@ def lr_scale(step, max_iters, warmup_iters):
 # the step
 
 def compiled(model):
-    """The model compiled, once for all models of its shape."""
+    """The model's losses, compiled once for all models of its shape: its blocks are the same code, compiled once too."""
     import torch._dynamo                                    # only here: it takes a while
     torch._dynamo.config.recompile_limit = 64               # an experiment has more shapes than the default of 8
-    return torch.compile(model, options={'online_softmax': False})           # faster without, here
+    block = torch.compile(Block.forward)
+    losses = torch.compile(Qwen3.losses, options={'online_softmax': False})      # faster without, here
+    return functools.partial(model, call_block=block, losses=losses)
 
 def training_step(model, loss_of, muon, adamw, c, corpus, batches, start, dtype):
     """(step, loss_sum): a function that makes an optimizer step, and the sum [] of its mean losses. All that it reads
-    is on the device: nothing waits for the host, and a compiled step on one GPU is a CUDA graph. loss_of: the model or
-    what `compiled` made of it. corpus: int32 [N, block_size + 1]. batches: its rows, [max_iters, grad_accum, micro]."""
+    is on the device: nothing waits for the host, and on a GPU a step is a CUDA graph. loss_of: the model or what
+    `compiled` made of it. corpus: int32 [N, block_size + 1]. batches: its rows, [max_iters, grad_accum, micro]."""
     device = corpus.device
     _, world = processes()
     scales = [lr_scale(s, c['max_iters'], c['warmup_iters']) for s in range(c['max_iters'])]
     scales = torch.tensor(scales, device=device)            # [max_iters]
     now = torch.tensor([start], device=device)              # an index without dimensions would be read by the host
     loss_sum = torch.zeros((), device=device)
-    matrices, others = split_parameters(model)
 
     def step():
         for rows in batches[now][0]:
@@ -222,23 +263,23 @@ def training_step(model, loss_of, muon, adamw, c, corpus, batches, start, dtype)
                 loss = loss_of(x[:, :-1], x[:, 1:]).mean() / (c['grad_accum'] * world)
             loss.backward()
             loss_sum.add_(loss.detach())
+        # the sum over the processes: each loss was already divided by their number
+        norms = torch._foreach_norm(muon.take_gradients(), dtype=torch.float32)
+        squares = torch.stack(norms).square().sum()
+        flat = torch.cat([squares[None], *[p.grad.flatten() for p in adamw.params]])
         if world > 1:
-            for p in model.parameters():
-                dist.all_reduce(p.grad)                     # a sum: the loss was already divided by the processes
+            dist.all_reduce(flat)
+        squares, gains = flat[0], flat[1:]
         # as torch.nn.utils.clip_grad_norm_, the norm in fp32; Muon multiplies by `clip` itself
-        gains = [p.grad for p in others]
-        norms = torch._foreach_norm([p.grad for p in matrices], dtype=torch.float32)
-        norms += torch._foreach_norm(gains, dtype=torch.float32)
-        clip = ((c['grad_clip'] or math.inf) / (torch.stack(norms).norm() + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(gains, clip)
+        norm = (squares + gains.norm().square()).sqrt()
+        clip = ((c['grad_clip'] or math.inf) / (norm + 1e-6)).clamp(max=1)
         scale = scales[now][0]
-        adamw.param_groups[0]['lr'].copy_(c['adam_lr'] * scale)
         muon.step(scale, clip)
-        adamw.step()
+        adamw.step(gains * clip, scale)
         model.zero_grad(set_to_none=True)
         now.add_(1)
 
-    if loss_of is not model and device.type == 'cuda' and world == 1:
+    if device.type == 'cuda':
         return functools.partial(next, graphed(step)), loss_sum
     return step, loss_sum
 
@@ -252,7 +293,8 @@ def graphed(step):
         torch.cuda.current_stream().wait_stream(side)
         yield
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):              # by default that of the first GPU that ever captured
+    # a stream of its own: by default that of the first GPU that ever captured; NCCL's thread may go on meanwhile
+    with torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'):
         step()
     while True:
         graph.replay()
@@ -292,11 +334,11 @@ def evaluate(model, loss_of, tokens, micro, dtype):
 def save_checkpoint(folder, model, muon, adamw, step, rows_digest):
     """Atomic: a kill leaves the old checkpoint or the new one. Weights in fp32."""
     weights = {name: muon.master.get(p, p).detach() for name, p in model.named_parameters()}
-    momentum = [stack.momentum for stack in muon.stacks]
+    momentum = [stack.momentum[:len(stack.params)] for stack in muon.stacks]
     file = io.BytesIO()
     torch.save({
         'model': weights, 'step': step, 'rows': rows_digest, 'rng': torch.get_rng_state(),
-        'optimizer': {'muon': {'momentum': momentum}, 'adamw': adamw.state_dict()}}, file)
+        'optimizer': {'muon': {'momentum': momentum}, 'adamw': adamw.state}}, file)
     write_bytes(os.path.join(folder, 'ckpt.pt'), file.getbuffer())
 
 def resume(folder, model, device, rows_digest):
@@ -331,6 +373,7 @@ def fit(model, c, data, folder, where, stream=0):
     """Train `model` on a dataset: leaves config.json, log.jsonl and ckpt.pt in `folder`, resumes from a ckpt.pt there.
     c: the run's config. data: shards.read(...). where: (device, dtype, compile) of `machine`. stream: of row_order."""
     device, dtype, compile = where
+    c = c | {'compile': compile}
     rank, world = processes()
     max_iters, batch_size = c['max_iters'], c['batch_size']
     micro = micro_batch(c, world)
@@ -381,6 +424,8 @@ def fit(model, c, data, folder, where, stream=0):
                     read = rows[logged * batch_size:step * batch_size]
                     log_line(folder, c, step, loss, val_loss, tok_s, counts[read], time.time() - began)
                     bar.set_postfix_str(f'loss {loss:.4f}, {tok_s:,.0f} tokens/s')
+                if evaluating:
+                    muon.gather('master', 'momentum')
                 if rank == 0 and evaluating:
                     save_checkpoint(folder, model, muon, adamw, step, rows_digest)
                     if bar.disable:                         # no terminal: a line now and then
@@ -437,7 +482,7 @@ def check(cfg):
 
 def main(cfg):
     check(cfg)
-    where = machine(cfg.device, cfg.dtype, cfg.compile)
+    where = machine(cfg.device, cfg.dtype, cfg.compile, cfg.max_iters)
     data = read_data(getattr(cfg, 'overrides', {}) | {'data_dir': cfg.data_dir, 'seed': cfg.seed}, 'train.py')
     c = resolve(cfg, data.meta)
     folder = cfg.run or run_folder(cfg.out_dir, c)
