@@ -111,6 +111,7 @@ def test_muon_is_torch_muon():
         for p, q in zip(ours, theirs):
             p.grad = torch.randn(p.shape, generator=g)
             q.grad = p.grad.clone()
+        muon.take_gradients()
         muon.step(torch.tensor(1 / (step + 1)), torch.ones(()))
         reference.step()
     momentum = {p: m for stack in muon.stacks for p, m in zip(stack.params, stack.momentum)}
