@@ -1,12 +1,15 @@
 """
 How fast a config trains: the step of train.py beside the same step in plain PyTorch, in one run.
 
-    python bench.py config/run1.py
+Reads nothing but the config: random tokens, no dataset. Writes out/bench/<config>.json.
 
-Random tokens, no dataset. Times are medians over bench_steps steps, with the 10th and 90th percentile, after a warm-up
-that compiles. MFU: the products that a step cannot do without, 6 N a token (N parameters, the tied matrix once) and
+    python bench.py config/run1.py                              # GPU
+    python bench.py config/demo.py --bench_steps=20             # a CPU will do
+
+Times are medians over bench_steps steps, with the 10th and 90th percentile, after a warm-up that compiles. MFU: the
+products that a step cannot do without, 6 N a token (N parameters, the tied matrix once) and
 6 n_layer n_head head_dim block_size for causal attention, over the step's time, over the rate at which the device
-multiplies two large random matrices of the same type. Writes out/bench/<config>.json.
+multiplies two large random matrices of the same type.
 """
 import itertools
 import os
