@@ -4,7 +4,7 @@ Measure a trained run: attention, probes, circuits and the operator by topic, in
 Reads a run folder and its dataset. Writes row.json, example.json and states.npy into the folder.
 
     python analyze.py --run=out/single/mha_topic_ordered_rope/seed0
-    python analyze.py --run=out/single/mha_topic_ordered_rope/seed0 --analysis_rows=80 --null_draws=50     # a quick look
+    python analyze.py --run=out/single/mha_topic_ordered_rope/seed0 --analysis_rows=80
 
 Runs the checkpoint in fp32 over the first validation rows, layer by layer, every pattern causal. The measures are
 defined in measures.py and tensor_lens.py. example.json has the attention of one head on one row, as a picture,
