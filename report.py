@@ -1,7 +1,6 @@
 """
 What finished runs allow to be said: statistics and tables, from the rows of an experiment alone.
 Reads runs.jsonl of an experiment folder, or the row.json of its runs. Writes summary.md there.
-
     python report.py out/demo
     python report.py results/structured         # published rows are enough
 
