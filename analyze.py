@@ -1,13 +1,15 @@
 """
 Measure a trained run: attention, probes, circuits and the operator by topic, into row.json of its folder.
 
+Reads a run folder and its dataset. Writes row.json, example.json and states.npy into the folder.
+
     python analyze.py --run=out/single/mha_topic_ordered_rope/seed0
+    python analyze.py --run=out/single/mha_topic_ordered_rope/seed0 --analysis_rows=80
 
 Runs the checkpoint in fp32 over the first validation rows, layer by layer, every pattern causal. The measures are
-defined in measures.py and tensor_lens.py. Beside the row, example.json has the attention of one head on one row, as a
-picture, and states.npy the hidden states that CKA compares. --causal=False is for one comparison only: it takes the
-mask away, as the log's own analysis did, and writes the two columns that this gives (entropy, within share) to
-unmasked.json.
+defined in measures.py and tensor_lens.py. example.json has the attention of one head on one row, as a picture,
+states.npy the hidden states that CKA compares. --causal=False is for one comparison only: it takes the mask away, as
+the log's own analysis did, and writes the two columns that this gives (entropy, within share) to unmasked.json.
 """
 import base64
 import os
@@ -39,7 +41,7 @@ null_draws = 1000           # label exchanges behind O's z and p [1, 2**31)
 lens_rows = 200             # validation rows taken apart by topic, the first ones [2, 2**31)
 lens_draws = 5              # label exchanges behind the chance level of that [1, 2**31)
 causal = True               # false: the log's unmasked columns instead
-device = ''                 # as in train.py
+device = ''                 # cpu, cuda, cuda:1; '' = cuda where there is one
 
 # -----------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ Each script begins with a config block: top-level assignments, before the first 
 reads the block, runs the config file in a scratch namespace, and applies the flags: files before flags,
 whatever their order on the line. A file may hold keys of any script (one file describes an experiment);
 a flag must belong to this script. A comment that ends with an interval, [1, inf), says what a number may be.
-Unknown keys, wrong types and numbers out of range stop with one line. `-h` prints the block.
+Unknown keys, wrong types and numbers out of range stop with one line. `-h` prints the docstring and the block.
 """
 import ast
 import contextlib
@@ -153,6 +153,7 @@ def configure(script, argv=None, positional=False, stages=()):
     keys = blocks((*stages, name))
     argv = sys.argv[1:] if argv is None else argv
     if '-h' in argv or '--help' in argv:
+        print(ast.get_docstring(ast.parse(source(name))) or name, end='\n\n')
         print_block(keys, (name, *stages))
         raise SystemExit(0)
 

@@ -1,7 +1,10 @@
 """
 Micro-languages: Markov chains over one vocabulary, a topic label per token, and what ideal observers score.
 
-    python data_synth.py config/run1.py      # writes data/run1/seed0/, in the format of shards.py
+Reads nothing. Writes data_dir/seed<k>/ in the format of shards.py; what is there already is checked and kept.
+
+    python data_synth.py config/demo.py
+    python data_synth.py config/run1.py --seed=1
 
 Tables, training rows and validation rows have a random stream each, so val.bin does not depend on how many
 training rows there are or how they are cut. The same seed gives the same tokens on CPU and GPU: numpy draws the

@@ -1,13 +1,16 @@
 """
 Drop RoPE from a trained run and recalibrate (DroPE, arXiv 2512.12167); or keep it, as the control.
 
+Reads the run folder that train.py left, and its dataset. Writes config.json, log.jsonl and ckpt.pt into
+..._drope/seed<k>/ (or ..._kept/seed<k>/) beside it; further lengths go to recal_<steps>/ inside that.
+
     python drope.py --run=out/single/mha_topic_ordered_rope/seed0 --recal_iters=0.1
     python drope.py --run=out/single/mha_topic_ordered_rope/seed0 --recal_iters=0.1 --keep_rope=True
 
 The parent's weights, no positions (or the same positions), a fresh optimizer and schedule, shuffled rows: the same
 rows, steps and rates for every arm of a seed (what was trained on pure windows is given the mixed rows of the others
-with --recal_data_dir, as run_experiment.py does). The first length goes to ..._drope/seed<k>/ (or ..._kept/seed<k>/)
-beside the parent, further ones to recal_<steps>/ inside it; each is a schedule of its own from the same parent.
+with --recal_data_dir, as run_experiment.py does). Each length of recal_iters is a schedule of its own from the same
+parent; the first is the main one, and 0 drops RoPE and trains no further.
 """
 import os
 
@@ -24,13 +27,12 @@ from train import RAISE_GRAD_ACCUM, data_folder, fit, read_data
 run = ''                    # folder of the trained run
 recal_data_dir = ''         # dataset to recalibrate on; '' = the parent's
 recal_iters = (0.01,)       # lengths: a fraction of the parent's steps, or from 1 on whole steps [0, 2**31)
-                            # the first is the main one; 0 drops RoPE and trains no further
 keep_rope = False           # true: the RoPE-kept control
 recal_lr_scale = (1.0,)     # the parent's learning rates times this; one for all lengths or one for each [0, inf)
-grad_accum = 1              # as in train.py [1, 2**31)
-device = ''                 # as in train.py
-dtype = ''                  # as in train.py
-compile: bool = None        # as in train.py
+grad_accum = 1              # micro-batches a step is cut into: less memory, the same mathematics [1, 2**31)
+device = ''                 # cpu, cuda, cuda:1; '' = cuda where there is one
+dtype = ''                  # float32 or bfloat16 (autocast); '' = bfloat16 on cuda, float32 on cpu
+compile: bool = None        # torch.compile; none = on with cuda, off on cpu
 
 # -----------------------------------------------------------------------------
 

@@ -1,11 +1,14 @@
 """
 Export a trained run as a Hugging Face folder: stock Qwen3, with or without RoPE.
 
-    python export_hf.py --run=out/demo/mha_shuffled_drope/seed0 --out_dir=out/hf
+Reads a run folder. Writes config.json and model.safetensors into out_dir and, where the run's dataset has a
+tokenizer.json, a copy of it and tokenizer_config.json; all or nothing.
 
-Writes config.json and model.safetensors, and, where the run's dataset has a tokenizer.json, a copy of it and
-tokenizer_config.json; all or nothing. AutoModelForCausalLM and AutoTokenizer of transformers open the folder, and
-so does what builds on them, such as TransformerLens.
+    python export_hf.py --run=out/demo/mha_shuffled_drope/seed0 --out_dir=out/hf
+    python export_hf.py --run=out/demo/mha_topic_ordered_rope/seed0 --out_dir=out/hf_rope
+
+AutoModelForCausalLM and AutoTokenizer of transformers open the folder, and so does what builds on them, such as
+TransformerLens.
 """
 import os
 import re

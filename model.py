@@ -188,10 +188,10 @@ class Qwen3(nn.Module):
         logits = self.head(x).float().flatten(0, 1)
         return F.cross_entropy(logits, targets.flatten(), reduction='none').view_as(targets)
 
-    def forward(self, idx, targets=None, call_block=nn.Module.__call__, losses=losses):
-        """Logits [B, T, vocab_size] of idx [B, T]; with targets [B, T] their `losses`. The last two arguments: how a
-        block and the losses are computed, for train.compiled."""
-        x = self.embed(idx)
+    def forward(self, idx, targets=None, embed=embed, call_block=nn.Module.__call__, losses=losses):
+        """Logits [B, T, vocab_size] of idx [B, T]; with targets [B, T] their `losses`. The last three arguments:
+        how its parts are computed, for train.compiled."""
+        x = embed(self, idx)
         for layer, block in enumerate(self.model.layers):
             x = call_block(block, x, *self.positions(layer, idx.size(1)))
         return self.head(x) if targets is None else losses(self, x, targets)

@@ -1,7 +1,10 @@
 """
 Eight figures of an experiment, from its rows and examples alone: no model is loaded, nothing measured again.
 
-    python plot.py out/structured        # -> out/structured/figures/*.png; results/structured as well
+Reads runs.jsonl and examples.json of an experiment folder. Writes figures/*.png there.
+
+    python plot.py out/demo
+    python plot.py results/structured --dpi=200        # published rows are enough
 
 Each figure is a function of the experiment. It returns the figure or, where there is nothing to draw, says why.
 Names are those of the tables. A colour is an arm (attention and order of the training rows), a line style what

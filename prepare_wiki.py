@@ -1,7 +1,10 @@
 """
 Wikipedia -> topics by meaning -> byte-level BPE -> rows of several topics, in the format of shards.py.
 
-    python prepare_wiki.py config/wiki.py                                        # downloads wikimedia/wikipedia
+Reads articles: a hub dataset, or parquet or jsonl with id, title and text. Writes the dataset into data_dir, with
+tokenizer.json, clusters.json and topics.md, and each phase's work into work_dir.
+
+    python prepare_wiki.py config/wiki.py                                        # downloads: needs the network
     python prepare_wiki.py --source=articles.parquet --embedder=lsa --data_dir=data/my_wiki
 
 Phases: articles (cleaned, without stubs and duplicates), vectors, clusters, tokenizer, tokens, rows. Each works CHUNK
@@ -42,7 +45,7 @@ from configurator import block, command
 source = 'wikimedia/wikipedia'      # hub dataset, downloaded; or parquet or jsonl: a file, a folder or a glob
 subset = '20231101.en'              # of a hub dataset: the folder of its parquet files
 max_articles = 500_000              # articles kept, at most [1, 2**31)
-min_chars = 500                     # shorter articles are stubs [0, 2**31)
+min_chars = 500                     # characters; shorter articles are stubs [0, 2**31)
 embedder = 'all-MiniLM-L6-v2'       # sentence-transformers model or local folder; lsa = TF-IDF and SVD, offline
 embed_tokens = 128                  # of an article that the embedder reads, from its beginning [1, 2**31)
 n_topics = 8                        # clusters [2, 255]

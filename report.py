@@ -1,10 +1,10 @@
 """
 What finished runs allow to be said: statistics and tables, from the rows of an experiment alone.
+Reads runs.jsonl of an experiment folder, or the row.json of its runs. Writes summary.md there.
+    python report.py out/demo
+    python report.py results/structured         # published rows are enough
 
-    python report.py out/structured             # writes out/structured/summary.md; results/structured as well
-
-A seed is one (data, initialisation) pair that all arms share: the unit of every interval and test. What is compared
-stands in the first line of runs.jsonl: `base`, `placebo`, `primary`.
+A seed, one (data, initialisation) pair that all arms share, is the unit of every interval and test.
 """
 import functools
 import glob

@@ -1,14 +1,15 @@
 """
 A whole experiment: data, training, dropping, analysis, report and figures, for every arm and seed.
 
+Reads what is done in out_dir and results/. Writes datasets into data_dir, a folder a run, runs.jsonl, summary.md and
+figures/ into out_dir; --publish=True copies rows, report and figures to results/<experiment>/.
+
     python run_experiment.py config/demo.py
-    python run_experiment.py config/structured.py --seeds=0,1,2 --publish=True
     python run_experiment.py config/run1.py --dry_run=True        # the plan, the number of runs, the disk
 
 What is done is skipped: a run is done when a row with its settings is there, in out_dir or published under
 results/, even where its checkpoint was deleted. A row that an older version of the measures made, or other
 settings of the analysis, is made again where the checkpoint is. Stop it at any time; the same command goes on.
-Writes runs.jsonl, summary.md and figures/ into out_dir; --publish copies them to results/<experiment>/.
 """
 import contextlib
 import importlib

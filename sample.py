@@ -1,7 +1,10 @@
 """
 Continue a prompt with a trained run whose dataset has a tokenizer.
 
+Reads a run folder and the tokenizer.json of its dataset. Writes nothing: it prints the continuations.
+
     python sample.py --run=out/wiki_small/mha_shuffled_rope/seed0 --prompt="The river flows through"
+    python sample.py --run=out/wiki_small/mha_shuffled_drope/seed0 --temperature=0 --n_samples=1
 """
 import os
 
@@ -20,7 +23,7 @@ n_tokens = 60               # tokens in each [1, 2**31)
 temperature = 0.8           # 0 = always the likeliest token [0, inf)
 top_k = 100                 # of the likeliest tokens, at most [1, 2**31)
 seed = 0                    # of the draws [0, 2**63)
-device = ''                 # as in train.py
+device = ''                 # cpu, cuda, cuda:1; '' = cuda where there is one
 
 # -----------------------------------------------------------------------------
 

@@ -1,7 +1,10 @@
 """
 The whole model as one linear operator: which topic's tokens made a hidden state, a logit.
 
+Reads a run folder and its dataset. Writes nothing: it prints the shares by depth, beside chance.
+
     python tensor_lens.py --run=out/demo/mha_shuffled_rope/seed0
+    python tensor_lens.py --run=out/demo/mha_shuffled_drope/seed0 --lens_rows=100 --lens_draws=20
 
 Freeze at their forward values every 1/rms of a norm, every attention pattern and the gate silu(g) of each SwiGLU. What
 is left is linear: at every depth h_i = sum_j T_ij x_j in the token embeddings x_j, exactly. T is never built: a pass
@@ -31,7 +34,7 @@ from train import open_finished
 run = ''                    # folder of the run
 lens_rows = 200             # validation rows, the first ones [2, 2**31)
 lens_draws = 5              # label exchanges behind the chance level [1, 2**31)
-device = ''                 # as in train.py
+device = ''                 # cpu, cuda, cuda:1; '' = cuda where there is one
 
 # -----------------------------------------------------------------------------
 # the frozen model: a linear map from each depth to the next, on parts [B, T, P, n_embd], as many as there are

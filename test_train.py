@@ -1,4 +1,5 @@
 """Order, resume, processes and DroPE: the real scripts, tiny, on datasets made here."""
+import functools
 import itertools
 import json
 import os
@@ -211,14 +212,16 @@ def test_graphed_step_is_plain_pytorch():
     print('largest difference of 200 losses', abs(ours - plain).max())
     assert plain[0] - plain[-1] > 1 and abs(ours - plain).max() < 0.01
 
-def test_arms_share_compiled_code():
-    """The second model of the same shape compiles nothing, whatever its seed; without RoPE it is another function."""
+def test_layers_and_arms_share_compiled_code(monkeypatch):
+    """Embedding, block and losses are compiled once, whatever the layer or seed; without RoPE the block is another."""
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters['stats']['unique_graphs']
-    for seed, rope, graphs in ((0, True, 1), (1, True, 1), (2, False, 2), (3, False, 2), (4, True, 2)):
+    with_backend = functools.partial(torch.compile, backend='aot_eager')
+    monkeypatch.setattr(torch, 'compile', lambda part, options=None: with_backend(part))
+    for seed, rope, graphs in ((0, True, 3), (1, True, 3), (2, False, 4), (3, False, 4), (4, True, 4)):
         model = build({**STEP, 'rope': rope}, torch.Generator().manual_seed(seed))
         idx = torch.randint(50, (4, 33), generator=torch.Generator().manual_seed(seed))
-        torch.compile(model, backend='aot_eager')(idx[:, :-1], idx[:, 1:]).mean().backward()
+        compiled(model)(idx[:, :-1], idx[:, 1:]).mean().backward()
         assert torch._dynamo.utils.counters['stats']['unique_graphs'] == before + graphs
 
 # -----------------------------------------------------------------------------

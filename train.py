@@ -1,11 +1,11 @@
 """
 Train one condition: the same rows, shuffled or topic by topic. The defaults are Run 1 of the log, MHA shuffled.
 
-    python data_synth.py config/run1.py                     # the dataset, once
-    python train.py config/mha_topic.py --max_iters=100
-    torchrun --nproc_per_node=4 train.py config/mha_topic.py
+Reads data_dir/seed<k>/ (data_synth.py config/run1.py makes it). Writes config.json, log.jsonl and ckpt.pt into
+out_dir/<condition>/seed<k>/; the same command resumes a stopped run.
 
-Writes config.json, log.jsonl and ckpt.pt into out_dir/<condition>/seed<k>/; the same command resumes a stopped run.
+    python train.py config/mha_topic.py --max_iters=100
+    torchrun --nproc_per_node=4 train.py config/mha_topic.py        # four GPUs
 """
 import contextlib
 import functools
@@ -54,10 +54,10 @@ batch_size = 64             # rows a step, over all processes and micro-batches 
 grad_accum = 1              # micro-batches a step is cut into: less memory, the same mathematics [1, 2**31)
 max_iters = 10_000          # steps [1, 2**31)
 warmup_iters = 500          # linear warm-up, at most a twentieth of the steps; then cosine to zero [0, 2**31)
-muon_lr = 0.02              # Muon: every 2D matrix of the blocks [0, inf)
-adam_lr = 3e-4              # AdamW: embedding and norm gains [0, inf)
-weight_decay = 0.01         # both, decoupled [0, inf)
-grad_clip = 1.0             # norm of the whole gradient; 0 = off [0, inf)
+muon_lr = 0.02              # peak rate of Muon: every 2D matrix of the blocks [0, inf)
+adam_lr = 3e-4              # peak rate of AdamW: embedding and norm gains [0, inf)
+weight_decay = 0.01         # of both, decoupled: a step takes this times its rate off a weight [0, inf)
+grad_clip = 1.0             # largest norm of the whole gradient; 0 = off [0, inf)
 # order
 order = 'shuffled'          # a name in ORDERS below: shuffled, reshuffled, topic, pseudo
 order_seed: int = None      # of reshuffled and pseudo: another order of the same rows; none = seed [0, 2**63)
@@ -241,9 +241,9 @@ def compiled(model):
     """The model's losses, compiled once for all models of its shape: its blocks are the same code, compiled once too."""
     import torch._dynamo                                    # only here: it takes a while
     torch._dynamo.config.recompile_limit = 64               # an experiment has more shapes than the default of 8
-    block = torch.compile(Block.forward)
-    losses = torch.compile(Qwen3.losses, options={'online_softmax': False})      # faster without, here
-    return functools.partial(model, call_block=block, losses=losses)
+    return functools.partial(
+        model, embed=torch.compile(Qwen3.embed), call_block=torch.compile(Block.forward),
+        losses=torch.compile(Qwen3.losses, options={'online_softmax': False}))   # faster without, here
 
 def training_step(model, loss_of, muon, adamw, c, corpus, batches, start, dtype):
     """(step, loss_sum): a function that makes an optimizer step, and the sum [] of its mean losses. All that it reads
