@@ -21,8 +21,9 @@ import torch
 from configurator import SCRIPTS, command
 from machine import machine, memory_errors, processes, versions
 from model import build
+from optim import optimizers, split_parameters
 from runs import read_json, write_json
-from train import check, compiled, lr_scale, micro_batch, optimizers, resolve, split_parameters, training_step
+from train import check, compiled, lr_scale, micro_batch, resolve, training_step
 
 # -----------------------------------------------------------------------------
 # config

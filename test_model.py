@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import Qwen3, causal_bias
-from train import Muon, split_parameters
+from optim import Muon, split_parameters
 
 SHAPES = {                  # n_head, n_kv_head, n_embd, head_dim, rope_theta
     'mha': (4, 4, 32, 8, 1e6), 'gqa 2:1': (4, 2, 32, 8, 1e6), 'gqa 3:1': (6, 2, 48, 8, 1e6),

@@ -17,8 +17,9 @@ import torch
 import shards
 from bench import plain_step
 from model import build
+from optim import optimizers
 from runs import read_log
-from train import ORDERS, compiled, count_topics, lr_scale, optimizers, row_order, training_step
+from train import ORDERS, compiled, count_topics, lr_scale, row_order, training_step
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--head_dim=8', '--mlp_hidden=24', '--batch_size=8',
