@@ -42,7 +42,7 @@ MEASURES = {
     'entropy_cross': Measure('Entropy cross', '.2f', chance='uniform.entropy_cross'),
     'probe': Measure('Probe, middle layer', '.1%', 'accuracy', 'probe.references.majority', 'tested'),
     'score_p': Measure('P', '+.3f', 'log ratio', role='tested', since=2),
-    'best_p': Measure('P, best head', '+.3f', since=2),
+    'best_p': Measure('P, best head', '+.3f', chance='unknown', since=2),    # noise makes the best of many positive
     'reliability': Measure('Reliability of P', '.2f'),
     'excess_mass': Measure('Excess mass', '+.2%', 'share of attention', role='tested'),
     'score_o': Measure('O', '+.3f', 'log ratio', role='tested'),
@@ -52,7 +52,6 @@ MEASURES = {
 FAMILY = ('rope', 'drope')          # the tested family: what order installs, and what of it is there after DroPE
 PAIRS = ('cka', 'profile')          # of two runs: what differs is how alike they are
 SHUFFLES = ('shuffled', 'reshuffled')       # exchangeable: their mean is the base
-EQUAL_LOSS = ('score_p', 'probe')   # what arms are compared in at equal loss
 SHORT = ('val_loss', 'within', 'entropy', 'probe', 'score_p')   # the log's table
 
 def names(rows, key):
@@ -108,10 +107,8 @@ def patterns(n, k, most=2 ** 16):
     return drawn
 
 def exchange_p(values):
-    """
-    Two-sided p of a mean over seeds, values [n, k]: a seed's number, then after exchanges that mean nothing, for a
-    paired difference d [d, -d]. None of one seed.
-    """
+    """Two-sided p of a mean over seeds, values [n, k]: a seed's number, then after exchanges that mean nothing, for a
+    paired difference d [d, -d]. None of one seed."""
     if len(values) < 2:
         return None
     values = np.asarray(values)
@@ -131,10 +128,8 @@ def fieller(x, y):
     return mean[0] / mean[1], low, high
 
 def max_t(d):
-    """
-    Step-down max-|T| p-values [m] of m measures on n seeds, d [n, m]: a seed flips all its measures together,
-    so their correlation is kept (Westfall & Young 1993, algorithm 4.1; Romano & Wolf 2005).
-    """
+    """Step-down max-|T| p-values [m] of m measures on n seeds, d [n, m]: a seed flips all its measures together,
+    so their correlation is kept (Westfall & Young 1993, algorithm 4.1; Romano & Wolf 2005)."""
     d = np.asarray(d)
     n, m = d.shape
     flipped = (1 - 2 * patterns(n, 2)) @ d / n                                  # [flips, m] means
@@ -147,24 +142,20 @@ def max_t(d):
         p[measure] = max(p.max(), (top >= T[0, measure] * (1 - 1e-9)).mean())
     return p
 
-# what 80% of samples of n seeds show at 5%, in SDs: bisection, 200,000 normal samples for each n
+# what 80% of samples of n seeds show at 5%, in SDs: bisection, 200,000 normal samples each; beyond: 1% off at 11 to 16
 SMALLEST = {6: 1.79, 7: 1.33, 8: 1.19, 9: 1.09, 10: 1.00}
 
 def smallest_effect(d):
     """What sign flips find in 80% of samples of this size and spread; None below 6 seeds, where no p is that small."""
     n = len(d)
-    if n < 6:
-        return None
-    return SMALLEST.get(n, 2.8 / (n - 2) ** 0.5) * np.std(d, ddof=1)            # formula: 1% off at 11 to 16
+    return SMALLEST.get(n, 2.8 / (n - 2) ** 0.5) * np.std(d, ddof=1) if n > 5 else None
 
 # -----------------------------------------------------------------------------
 # what is compared with what
 
 def against(row, compare):
-    """
-    What an arm is compared with: lists of arms, whose mean is subtracted. The base in windows of its kind (pure windows
-    of the base: mixed ones), and the placebo in the same passes; a rerun with what it repeats.
-    """
+    """What an arm is compared with: lists of arms, whose mean is subtracted. The base in windows of its kind (pure
+    windows of the base: mixed ones), and the placebo in the same passes; a rerun with what it repeats."""
     plain = row | {'repeat': 0}
     shuffles = SHUFFLES if compare['base'] in SHUFFLES else (compare['base'],)
     base = [plain | {'order': order, 'cycles': 1, 'cooldown': 0.0} for order in shuffles]
@@ -183,12 +174,9 @@ def contrasts(rows, compare):
         for others in against(row, compare):
             arms = [arm for arm in map(runs.arm_name, others) if arm in known and arm != name]
             if arms:
-                found.append({
-                    'attention': row['attention'],
-                    'order': row['order'],
-                    'arms': [name, *arms],
-                    'label': f'{name} - {"base" if len(arms) > 1 else arms[0]}',
-                    'named': named})
+                label = f'{name} - {"base" if len(arms) > 1 else arms[0]}'
+                found.append({'attention': row['attention'], 'order': row['order'], 'arms': [name, *arms],
+                              'label': label, 'named': named})
             named = False                                   # that is with the base
     return found
 
@@ -221,10 +209,8 @@ def at_equal_loss(curves, measure):
     return at
 
 def compared(rows, contrast, where, measure, numbers=numbers):
-    """
-    The effect of a contrast at some positions: an arm's number minus the mean of the others, over seeds. Its p: by sign
-    flips; of PAIRS by exchanging the three names, any of which could be the arm's.
-    """
+    """The effect of a contrast at some positions: an arm's number minus the mean of the others, over seeds. Its p: by
+    sign flips; of PAIRS by exchanging the three names, any of which could be the arm's."""
     conditions = [runs.condition(arm, where) for arm in contrast['arms']]
     found = {}                                              # seed -> the difference, and after exchanges
     for seed in names(pick(rows, condition=conditions[0]), 'seed'):
@@ -238,25 +224,16 @@ def compared(rows, contrast, where, measure, numbers=numbers):
     d = [x[0] for x in found.values()]
     mean, low, high = t_interval(d)
     return contrast | {
-        'label': f'{contrast["label"]}, {where}',
-        'where': where,
-        'measure': measure,
-        'kind': 'explored',
-        'differences': dict(zip(found, d)),
-        'text': number(d, '+.4f'),
-        'mean': mean,
-        'low': low,
-        'high': high,
-        'n': len(d),
+        'label': f'{contrast["label"]}, {where}', 'where': where, 'measure': measure, 'kind': 'explored',
+        'differences': dict(zip(found, d)), 'text': number(d, '+.4f'),
+        'n': len(d), 'mean': mean, 'low': low, 'high': high,
         'p': exchange_p(list(found.values())),
         'p_adjusted': None,
         'smallest': smallest_effect(d)}
 
 def effects(header, rows):
-    """
-    Paired differences at the main length, `compared`; kind: primary, tested (p adjusted together) or explored. Left
-    out: profiles that are not reliable. The primary after DroPE has no p where RoPE kept does not show it.
-    """
+    """Paired differences at the main length, `compared`; kind: primary, tested (p adjusted together) or explored. Left
+    out: profiles that are not reliable. The primary after DroPE has no p where RoPE kept does not show it."""
     rows, found = pick(rows, main=True), []
     primary, _, at = header['compare']['primary']
     measures = [key for key, m in MEASURES.items() if m.role]
@@ -294,8 +271,7 @@ def course(header, rows):
     """The primary measure by recalibration length: a contrast, steps, effects rope, kept and drope, Fieller's ratio."""
     found = []
     measure = header['compare']['primary'][0]
-    wanted = itertools.product(contrasts(rows, header['compare']), names(rows, 'recal_steps'))
-    for contrast, steps in wanted:
+    for contrast, steps in itertools.product(contrasts(rows, header['compare']), names(rows, 'recal_steps')):
         at = pick(rows, recal_steps=None) + pick(rows, recal_steps=steps)
         c = {where: compared(at, contrast, where, measure) for where in ('rope', 'kept', 'drope')}
         if c['kept']['n'] and c['drope']['n']:
@@ -308,7 +284,7 @@ def matched(header, rows):
     rows = [row for row in rows if row['recal_steps']]      # length 0 never recovered
     if all(row['main'] for row in rows):                    # one length is no curve
         return []
-    wanted = itertools.product(contrasts(rows, header['compare']), EQUAL_LOSS)
+    wanted = itertools.product(contrasts(rows, header['compare']), ('score_p', 'probe'))
     return [compared(rows, contrast, 'drope', measure, at_equal_loss) for contrast, measure in wanted]
 
 # -----------------------------------------------------------------------------
@@ -383,44 +359,37 @@ def course_table(found):
 MAIN = """## All measures
 
 Chance: the topic-blind bigram (loss), uniform attention, the most frequent topic (probe). Gap closed: from that bigram
-to the Bayes filter. Within: attention on keys of the query's topic, over queries with a choice; it is high for any
-local head. Within, all: over all queries, as in the log. P: topic or contiguity, 0 for a head that knows positions
-alone; reliability: of its profile over heads, odd with even rows; excess mass: how much attention P is. O: topic without
-contiguity, from other segments. Middle layer: n_layer // 2. A dash: undefined, or not measured so.
+to the Bayes filter. Within: attention on keys of the query's topic, over queries with a choice (all: over all, as in
+the log); high for any local head. P: topic or contiguity, 0 for a head that knows positions alone; reliability: of its
+profile, odd with even rows; excess mass: how much attention P is. O: topic without contiguity, from other segments.
+Middle layer: n_layer // 2. A dash: undefined, or not measured so.
 """
 ONE_SEED = """One seed shows what all arms share, such as what becomes of P after DroPE; a difference between two arms
 may be chance, and has no interval (--seeds=0,1) and no p (below .05 only from 6 seeds on)."""
 SEVERAL = '±: half-width of the 95% t-interval over n seeds. Tests: summary.md; under 6 seeds no p is below .05.'
 EFFECTS = """## Paired differences
 
-**Primary**, named beforehand: {primary}; after DroPE it is read only if p <= .05 with RoPE kept.
-
-Base: the mean of a seed's shuffled and reshuffled arms, or the one that is there. n: seeds. p: two-sided, by sign flips
-of seeds. ln(1 - CKA) and Profile of P (atanh r over heads, centred by layer; read from a split-half reliability of 0.8
-on): how much less alike an arm is to the two shuffles than they are to one another; p: by exchanging the three names
-within each seed. Exact up to 65,536 patterns (16 seeds, 10 of three names), of more so many drawn. p_adjusted: max-T
-over the tested family, which has it. smallest: what so many seeds find by sign flips four times in five, at this spread.
-"""
+**Primary**, named beforehand: {primary}; after DroPE it has a p only if p <= .05 with RoPE kept. Base: mean of a seed's
+shuffled and reshuffled arms, or the one that is there. n: seeds. p: two-sided, by sign flips of seeds. ln(1 - CKA) and
+Profile of P (atanh r over heads, centred by layer; listed from a reliability of 0.8 on): how much less alike an arm is
+to the shuffles than they are to one another; p: by exchanging the three names. Exact up to 65,536 patterns, of more so
+many drawn. p_adjusted: max-T over the tested family, which has it. smallest: what so many seeds find by sign flips four
+times in five, at this spread."""
 COURSE = """## The course
 
-The primary measure with RoPE kept and dropped. Ratio: of the means, with Fieller's interval; a dash: unbounded, kept
-may be 0, or there is one seed."""
+The primary measure with RoPE kept and dropped. Ratio: of the means, with Fieller's interval; a dash: unbounded."""
 MATCHED = """## At equal loss
 
-Mean over the losses that all arms of a contrast reach in a seed: interpolated along the recalibration lengths but 0,
-never beyond. A dash: there are none."""
+Mean over the losses that all arms of a contrast reach in a seed, interpolated along the lengths. A dash: none."""
 
 # further tables: (heading and text, of trained runs alone, format, {path in a row: heading})
 FURTHER = (
-    ("""## Reference losses
-
-In nats.""", True, '.4f', {
+    ('## Reference losses, in nats', True, '.4f', {
         'references.uniform': 'Uniform', 'references.bigram': 'Topic-blind bigram',
         'references.filter': 'Bayes filter', 'references.oracle': 'Oracle'}),
     ("""## Bigram references
 
-P and O of attention to keys with the query's bigram, and of the topic's posterior from a bigram at each end. A head
-above both knows more than two neighbouring tokens tell.""", True, '+.3f', {
+P and O of attention to keys with the query's bigram, and of the topic's posterior from a bigram at each end.""", True, '+.3f', {
         'bigram.equal.score_p': 'P, equal bigrams', 'bigram.posterior.score_p': 'P, posterior',
         'bigram.equal.score_o': 'O, equal bigrams', 'bigram.posterior.score_o': 'O, posterior'}),
     ("""## Realised order
@@ -429,7 +398,7 @@ How much the step tells of a topic: 0 nothing (shuffled rows: what chance leaves
         'orderedness': 'Orderedness', 'orderedness_by_token': 'Orderedness, by token'}),
     ("""## The probe and its references
 
-After the last layer. Running mean: of 32 embeddings. Control task: a random label for each token type.""", False, '.1%', {
+After the last layer. Running mean: of 32 embeddings. Control task: a random label a token type.""", False, '.1%', {
         'probe.accuracy': 'Probe', 'probe.references.majority': 'Majority',
         'probe.references.token': 'Token identity', 'probe.references.running_mean': 'Running mean',
         'probe.references.untrained': 'Untrained', 'probe.references.control': 'Control task',
@@ -452,15 +421,14 @@ def summary(header, rows, figures=()):
     found = effects(header, rows)
     named = [e for e in found if e['named'] and e['where'] in FAMILY]
     lines = [
-        f'# {header["experiment"]}', '',
-        f'{header["device"]}, torch {header["versions"]["torch"]}.', '',
+        f'# {header["experiment"]}', '', f'{header["device"]}, torch {header["versions"]["torch"]}.', '',
         *measures_table(pick(rows, main=True), (*SHORT, 'best_p')),
         *effects_table(named, SHORT, itemgetter('text')),
         SEVERAL if len(names(rows, 'seed')) > 1 else ONE_SEED, '',
         MAIN, *measures_table(rows, [key for key in MEASURES if key not in PAIRS]),
         *section(EFFECTS.format(primary=primary), effects_table(found, names(found, 'measure'))),
         *section(COURSE, course_table(course(header, rows))),
-        *section(MATCHED, effects_table(matched(header, rows), EQUAL_LOSS))]
+        *section(MATCHED, effects_table(matched(header, rows), ('score_p', 'probe')))]
     for text, of_trained, form, columns in FURTHER:
         lines += section(text, rows_table(trained if of_trained else rows, columns, form))
     lines += section('## Figures', [f'![{name}](figures/{name})\n' for name in figures])

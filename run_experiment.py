@@ -35,7 +35,7 @@ import report
 import runs
 import shards
 import train
-from configurator import SCRIPTS, Setting, be_patient, block, command
+from configurator import SCRIPTS, be_patient, block, command
 from machine import threads
 
 # -----------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def data_stage(cfg, seed, arm=None):
     chains and validation rows. There is one micro-language a seed; of any other data there is one, and a seed is
     initialisation and order.
     """
-    keys = block(cfg.data_script) if cfg.data_script else {'data_dir': Setting(cfg.data_dir, str, '')}
+    keys = block(cfg.data_script or 'data_synth.py')        # of a dataset that is there data_dir alone counts
     at = SimpleNamespace(**{key: cfg.overrides.get(key, setting.default) for key, setting in keys.items()})
     if cfg.data_script == 'data_synth.py':
         at.seed = seed

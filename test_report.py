@@ -235,9 +235,9 @@ def test_report_with_one_seed_and_with_several():
     rows = [row(order, positions, seed) | {'bigram': bigram, 'heads': heads} for seed in (0, 1)
             for order in ('shuffled', 'topic_ordered') for positions in ('rope', 'drope', 'kept')]
     text = report.summary(HEADER, rows, ['loss.png'])
-    first = '5.1000 ± 0.0000', '50.0% ± 0.0%', '1.00 ± 0.00', '50.0% ± 0.0%', '+0.000 ± 0.000', '+0.300 ± 0.000', '2'
-    assert cells(text, 'mha_topic_ordered_drope') == [*first]
-    assert cells(text, 'chance') == ['5.5000', '30.0%', '—', '20.0%', '+0.000', '+0.000', '']
+    first = ['5.1000 ± 0.0000', '50.0% ± 0.0%', '1.00 ± 0.00', '50.0% ± 0.0%', '+0.000 ± 0.000', '+0.300 ± 0.000', '2']
+    assert cells(text, 'mha_topic_ordered_drope') == first
+    assert cells(text, 'chance') == ['5.5000', '30.0%', '—', '20.0%', '+0.000', '—', '']
     differences = 'mha_topic_ordered - mha_shuffled, drope'
     assert cells(text, differences)[0] == '+0.0000 ± 0.0000' and 'p 1, p_adjusted 1' in cells(text, differences, 1)[0]
     assert 'figures/loss.png' in text and '## Realised order' in text and 'P, topic_ordered - base, drope' in text
