@@ -3,8 +3,8 @@ What finished runs allow to be said: statistics and tables, from the rows of an 
 
     python report.py out/structured             # writes out/structured/summary.md; results/structured as well
 
-A seed is one (data, initialisation) pair that all arms share: the unit of every interval and test. What is compared
-stands in the first line of runs.jsonl: `base`, `placebo`, `primary`.
+A seed, one (data, initialisation) pair that all arms share, is the unit of every interval and test. What is compared
+stands in the first line of runs.jsonl.
 """
 import functools
 import glob
@@ -107,8 +107,7 @@ def patterns(n, k, most=2 ** 16):
     return drawn
 
 def exchange_p(values):
-    """Two-sided p of a mean over seeds, values [n, k]: a seed's number, then after exchanges that mean nothing, for a
-    paired difference d [d, -d]. None of one seed."""
+    """Two-sided p of a mean over seeds, values [n, k]: a number, then after exchanges that mean nothing; None if 1."""
     if len(values) < 2:
         return None
     values = np.asarray(values)
@@ -128,8 +127,7 @@ def fieller(x, y):
     return mean[0] / mean[1], low, high
 
 def max_t(d):
-    """Step-down max-|T| p-values [m] of m measures on n seeds, d [n, m]: a seed flips all its measures together,
-    so their correlation is kept (Westfall & Young 1993, algorithm 4.1; Romano & Wolf 2005)."""
+    """Step-down max-|T| p-values [m], d [n, m]: a seed flips all m measures (Westfall & Young 1993, algorithm 4.1)."""
     d = np.asarray(d)
     n, m = d.shape
     flipped = (1 - 2 * patterns(n, 2)) @ d / n                                  # [flips, m] means
@@ -224,16 +222,22 @@ def compared(rows, contrast, where, measure, numbers=numbers):
     d = [x[0] for x in found.values()]
     mean, low, high = t_interval(d)
     return contrast | {
-        'label': f'{contrast["label"]}, {where}', 'where': where, 'measure': measure, 'kind': 'explored',
-        'differences': dict(zip(found, d)), 'text': number(d, '+.4f'),
-        'n': len(d), 'mean': mean, 'low': low, 'high': high,
+        'label': f'{contrast["label"]}, {where}',
+        'where': where,
+        'measure': measure,
+        'kind': 'explored',
+        'differences': dict(zip(found, d)),
+        'text': number(d, '+.4f'),
+        'n': len(d),
+        'mean': mean,
+        'low': low,
+        'high': high,
         'p': exchange_p(list(found.values())),
         'p_adjusted': None,
         'smallest': smallest_effect(d)}
 
 def effects(header, rows):
-    """Paired differences at the main length, `compared`; kind: primary, tested (p adjusted together) or explored. Left
-    out: profiles that are not reliable. The primary after DroPE has no p where RoPE kept does not show it."""
+    """Paired differences at the main length, `compared`, but unreliable profiles; kind: primary, tested, explored."""
     rows, found = pick(rows, main=True), []
     primary, _, at = header['compare']['primary']
     measures = [key for key, m in MEASURES.items() if m.role]
@@ -245,7 +249,7 @@ def effects(header, rows):
         if contrast['named'] and (measure, where) == (primary, at):
             e['kind'] = 'primary'
             if at == 'drope' and measure not in PAIRS:
-                kept = compared(rows, contrast, 'kept', measure)['p'] or 1
+                kept = compared(rows, contrast, 'kept', measure)['p'] or 1      # it is read where RoPE kept shows it
                 e['p'] = e['p'] if kept <= 0.05 else None
         if e['n'] and (measure != 'profile' or reliability(rows, e) >= 0.8):
             found.append(e)
@@ -288,7 +292,7 @@ def matched(header, rows):
     return [compared(rows, contrast, 'drope', measure, at_equal_loss) for contrast, measure in wanted]
 
 # -----------------------------------------------------------------------------
-# tables, as Markdown lines
+# tables, as Markdown lines, and the report
 
 def table(headings, lines):
     """A Markdown table, its columns aligned; nothing where there are no lines."""
@@ -353,16 +357,13 @@ def course_table(found):
         lines.append([c['label'], str(c['steps']), tested(c['kept']), tested(c['drope']), *ratio])
     return table(['Difference', 'Steps', 'Kept', 'DroPE', 'DroPE / kept', 'from', 'to'], lines)
 
-# -----------------------------------------------------------------------------
-# the report
-
 MAIN = """## All measures
 
 Chance: the topic-blind bigram (loss), uniform attention, the most frequent topic (probe). Gap closed: from that bigram
 to the Bayes filter. Within: attention on keys of the query's topic, over queries with a choice (all: over all, as in
 the log); high for any local head. P: topic or contiguity, 0 for a head that knows positions alone; reliability: of its
 profile, odd with even rows; excess mass: how much attention P is. O: topic without contiguity, from other segments.
-Middle layer: n_layer // 2. A dash: undefined, or not measured so.
+Middle layer: n_layer // 2. A dash: undefined.
 """
 ONE_SEED = """One seed shows what all arms share, such as what becomes of P after DroPE; a difference between two arms
 may be chance, and has no interval (--seeds=0,1) and no p (below .05 only from 6 seeds on)."""
@@ -372,9 +373,8 @@ EFFECTS = """## Paired differences
 **Primary**, named beforehand: {primary}; after DroPE it has a p only if p <= .05 with RoPE kept. Base: mean of a seed's
 shuffled and reshuffled arms, or the one that is there. n: seeds. p: two-sided, by sign flips of seeds. ln(1 - CKA) and
 Profile of P (atanh r over heads, centred by layer; listed from a reliability of 0.8 on): how much less alike an arm is
-to the shuffles than they are to one another; p: by exchanging the three names. Exact up to 65,536 patterns, of more so
-many drawn. p_adjusted: max-T over the tested family, which has it. smallest: what so many seeds find by sign flips four
-times in five, at this spread."""
+to the shuffles than they are to one another; p: by exchanging the three names. Exact up to 65,536 patterns, else drawn.
+p_adjusted: max-T over the tested family. smallest: what so many seeds find four times in five, at this spread."""
 COURSE = """## The course
 
 The primary measure with RoPE kept and dropped. Ratio: of the means, with Fieller's interval; a dash: unbounded."""
@@ -389,7 +389,7 @@ FURTHER = (
         'references.filter': 'Bayes filter', 'references.oracle': 'Oracle'}),
     ("""## Bigram references
 
-P and O of attention to keys with the query's bigram, and of the topic's posterior from a bigram at each end.""", True, '+.3f', {
+P and O of attention to keys with the query's bigram, and of the posterior of a bigram at each end.""", True, '+.3f', {
         'bigram.equal.score_p': 'P, equal bigrams', 'bigram.posterior.score_p': 'P, posterior',
         'bigram.equal.score_o': 'O, equal bigrams', 'bigram.posterior.score_o': 'O, posterior'}),
     ("""## Realised order

@@ -162,8 +162,10 @@ def test_after_drope_the_primary_wants_its_check(kept, p):
         ratio, low, _ = c['ratio']
         assert c['drope']['mean'] == pytest.approx(c['steps'] / 20) and (low is None) == (not kept)
         assert not kept or ratio == pytest.approx(0.5)
-    line = cells(report.summary(HEADER, rows), 'mha_topic_ordered - mha_shuffled')
-    assert line[0] == '10' and line[-3:-1] == (['+0.50', '+0.44'] if kept else ['—', '—'])
+    text = report.summary(HEADER, rows)
+    line = cells(text, 'mha_topic_ordered - mha_shuffled')
+    assert line[0] == '10' and 'p 0.031' in line[2] and line[3:5] == (['+0.50', '+0.44'] if kept else ['—', '—'])
+    assert 'mha_shuffled_drope, 40 steps' in text and '| **+0.5000 ±' in text
 
 def three_runs(rng, seeds=8, shared=1.0, topic=0.0, reliability=0.9):
     """Rows of topic and of two shuffles: profiles of 2 x 8 heads with a shared part, CKA between any two."""
@@ -228,6 +230,7 @@ def test_equal_loss():
     assert found['mha_topic_ordered', 'mha_pseudo', 'probe']['mean'] == pytest.approx(-0.11)
     never = [m for arms, m in found.items() if 'mha_topic_c4' in arms]
     assert never and all(m['n'] == 0 and m['mean'] is None for m in never)
+    assert 'mha_pseudo - ' not in report.summary(HEADER, rows).split('## ')[0]
 
 def test_report_with_one_seed_and_with_several():
     bigram = {'equal': {'score_p': 0.138, 'score_o': 0.216}, 'posterior': None}
@@ -240,7 +243,8 @@ def test_report_with_one_seed_and_with_several():
     assert cells(text, 'chance') == ['5.5000', '30.0%', '—', '20.0%', '+0.000', '—', '']
     differences = 'mha_topic_ordered - mha_shuffled, drope'
     assert cells(text, differences)[0] == '+0.0000 ± 0.0000' and 'p 1, p_adjusted 1' in cells(text, differences, 1)[0]
-    assert 'figures/loss.png' in text and '## Realised order' in text and 'P, topic_ordered - base, drope' in text
+    assert 'figures/loss.png' in text and 'P, topic_ordered - base, drope' in text and '## Circuits' not in text
+    assert text.split('## Realised order')[1].split('## ')[0].count('| mha_') == 2        # trained runs alone
     assert '+0.138 ± 0.000' in text and '## At equal loss' not in text and 'One seed' not in text
     one = report.summary(HEADER, rows[:6])
     assert 'One seed' in one and 'nan' not in one and '±' not in one and cells(one, differences, 1)[0] == '+0.0000, n 1'

@@ -150,7 +150,7 @@ def test_experiment_goes_on_where_it_stopped(workspace):
     shutil.rmtree(f'{here}/out/tiny/mha_shuffled_drope/seed0')
     shutil.rmtree(f'{here}/results')
     status, shown = on_terminal(here, 'tiny.py', '--seeds=0,1', '--jobs=2')
-    assert status == 0 and '8/8 [' in shown and 'out/tiny/mha_shuffled_' in shown, shown        # 6 steps of drope, and 2
+    assert status == 0 and '8/8 [' in shown and 'out/tiny/mha_shuffled_' in shown, shown       # drope: 6 steps, 2
     assert 'val loss' not in shown and '| mha_topic_c4_drope ' in shown        # one bar, then the report
     assert untimed(rows_of(f'{here}/out/tiny')) == before                      # the same seed, the same run
 
