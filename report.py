@@ -323,7 +323,7 @@ def rows_table(rows, columns, form=''):
         groups.setdefault(row['condition'] + length, []).append(row)
     for name, group in groups.items():
         cells = [number([value(row, key) for row in group], form or MEASURES[key].format) for key in columns]
-        if set(cells) != {'—'}:
+        if not form or set(cells) != {'—'}:                 # all measures may be stale
             lines.append([name, *cells, str(len(group))])
     if not form:
         lines.insert(0, ['chance', *(chance(rows, key) for key in columns), ''])
