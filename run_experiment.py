@@ -18,7 +18,8 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
+import sys
+import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
@@ -35,9 +36,8 @@ import report
 import runs
 import shards
 import train
-from configurator import SCRIPTS, Setting, be_patient, block, command
-from machine import progress, threads
-from model import build
+from configurator import SCRIPTS, be_patient, block, command
+from machine import threads
 
 # -----------------------------------------------------------------------------
 # config
@@ -69,24 +69,22 @@ def stage(cfg, script, **changes):
     """The config of one stage, from that of the experiment."""
     return SimpleNamespace(**{key: getattr(cfg, key) for key in block(script)} | changes)
 
-def data_stage(cfg, pure, seed):
+def data_stage(cfg, seed, arm=None):
     """
-    The dataset of an arm. pure: training rows of one segment each, the same chains and validation rows. There
-    is one micro-language a seed; of any other data there is one, and a seed is initialisation and order.
+    The dataset of an arm; of no arm, that with mixed rows. Pure arms: training rows of one segment each, the same
+    chains and validation rows. There is one micro-language a seed; of any other data there is one, and a seed is
+    initialisation and order.
     """
-    keys = block(cfg.data_script) if cfg.data_script else {'data_dir': Setting(cfg.data_dir, str, '')}
+    keys = block(cfg.data_script or 'data_synth.py')        # of a dataset that is there data_dir alone counts
     at = SimpleNamespace(**{key: cfg.overrides.get(key, setting.default) for key, setting in keys.items()})
     if cfg.data_script == 'data_synth.py':
         at.seed = seed
-    if pure and 'min_segments' not in keys:
-        raise SystemExit(f'arms: pure rows want a data_script that cuts rows by min_segments, not {cfg.data_script!r}')
-    if pure:
+    if arm and runs.arm_settings(arm, cfg.n_head)['pure']:
+        if 'min_segments' not in keys:
+            raise SystemExit(f'arms: {arm} wants a data_script that cuts rows by min_segments, not {cfg.data_script!r}')
         at.min_segments = at.max_segments = 1
         at.data_dir += '_pure'
     return at
-
-def is_pure(cfg, arm):
-    return runs.arm_settings(arm, cfg.n_head)['pure']
 
 def data_module(cfg):
     return importlib.import_module(cfg.data_script.removesuffix('.py'))
@@ -103,23 +101,27 @@ def make_data(cfg, pairs):
     """Every dataset that these arms and seeds read, unless it is there."""
     stages = {}
     for arm, seed in pairs:
-        for pure in {False, is_pure(cfg, arm)}:
-            at = data_stage(cfg, pure, seed)
+        for at in (data_stage(cfg, seed), data_stage(cfg, seed, arm)):
             stages[str(at)] = at
     for at in stages.values():
         data_module(cfg).main(at)
 
+def make_languages(cfg, pairs):
+    """Their micro-languages, without a word."""
+    with contextlib.redirect_stdout(None):
+        make_data(cfg, pairs)
+
 def train_stage(cfg, arm, seed):
     """The training of an arm and seed."""
     settings = runs.arm_settings(arm, cfg.n_head)
-    data_dir = data_stage(cfg, settings.pop('pure'), seed).data_dir
-    return stage(cfg, 'train.py', seed=seed, data_dir=data_dir, **settings)
+    del settings['pure']                                    # the dataset's
+    return stage(cfg, 'train.py', seed=seed, data_dir=data_stage(cfg, seed, arm).data_dir, **settings)
 
 def arm_runs(cfg, arm, seed):
     """The runs of an arm and seed, in the order they are made; recalibration reads mixed rows, in pure arms too."""
-    mixed = data_stage(cfg, False, seed)
+    mixed = data_stage(cfg, seed)
     meta = data_meta(cfg, mixed, seed)
-    own = data_meta(cfg, data_stage(cfg, is_pure(cfg, arm), seed), seed)
+    own = data_meta(cfg, data_stage(cfg, seed, arm), seed)
     c = train.resolve(train_stage(cfg, arm, seed), own)
     folder = runs.run_folder(cfg.out_dir, c)
     found = [Run(folder, c, None)]
@@ -180,18 +182,18 @@ def run_arm(cfg, arm, seed):
 def make_arm(cfg, arm, seed, plan):
     parent = plan[0]
     todo = [run for run in plan if to_do(cfg, run, {})]
-    # the parent is trained, again if its checkpoint was deleted, where a run has still to start from it
-    if any(run is parent or not has_checkpoint(run) for run in todo):
-        if not has_checkpoint(parent):
-            todo = plan                                     # another parent, to the bit, on a GPU: all of it anew
-            for run, name in itertools.product(plan, ('ckpt.pt', 'log.jsonl', 'row.json')):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(run.folder, name))
-        train.main(train_stage(cfg, arm, seed))
+    if not has_checkpoint(parent) and not all(map(has_checkpoint, todo)):
+        todo = plan                                         # another parent, to the bit, on a GPU: all of it anew
+        for run, name in itertools.product(plan, ('ckpt.pt', 'log.jsonl', 'row.json')):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(run.folder, name))
     for run in todo:
-        if run.length is not None:
-            changes = {'keep_rope': run.config['keep_rope'], 'recal_data_dir': run.config['data_dir']}
-            drope.recalibrate(stage(cfg, 'drope.py', run=parent.folder, **changes), run.length)
+        with contextlib.redirect_stdout(None):              # analyze.py tells of a run that is finished
+            if run is parent:
+                train.main(train_stage(cfg, arm, seed))
+            else:
+                changes = {'keep_rope': run.config['keep_rope'], 'recal_data_dir': run.config['data_dir']}
+                drope.recalibrate(stage(cfg, 'drope.py', run=parent.folder, **changes), run.length)
         analyze.main(stage(cfg, 'analyze.py', run=run.folder, causal=True))
 
 def collect(cfg):
@@ -203,57 +205,78 @@ def begin_worker(n_threads):
     """A process of the pool, before its first arm."""
     be_patient()
     torch.set_num_threads(n_threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the first process's, which ends this one
+    signal.signal(signal.SIGTERM, leave)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if sys.stdout.isatty():
+        sys.stdout = None                                   # there is the bar
+
+def end_with_parent():
+    """Ends a process of the pool whose parent was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+def leave(*_):
+    """A process of the pool ends in good order, and says nothing."""
+    raise SystemExit
 
 def stop(*_):
     """SIGTERM ends the processes of an experiment too."""
     raise SystemExit('run_experiment.py: ended; the same command goes on')
 
-def run_together(cfg, todo, plan):
-    """The arms, cfg.jobs at a time, in as many processes, each of which compiles once for all of its arms."""
+def watch(bar, mine):
+    """Moves the bar to the steps that are made, and names the runs that have begun and have no row yet."""
+    steps, now = 0, []
+    for run in mine:
+        log = runs.read_log(run.folder)
+        steps += log[-1]['step'] if log else 0
+        if log and not os.path.exists(os.path.join(run.folder, 'row.json')):
+            now.append(run.folder)
+    bar.set_postfix_str(', '.join(now), refresh=False)
+    bar.update(steps - bar.n)
+
+def run_arms(cfg, todo, plan):
+    """
+    The data and the arms, cfg.jobs at a time, in as many processes, each of which compiles once for all of its arms.
+    One bar, on a terminal; elsewhere a line for each run that is finished.
+    """
     jobs = min(cfg.jobs, len(todo))
-    gpus = torch.cuda.device_count() if cfg.device in ('', 'cuda') else 0
+    gpus = min(jobs, torch.cuda.device_count()) if cfg.device in ('', 'cuda') else 0
+    mine = [run for pair in todo for run in plan[pair] if to_do(cfg, run, {})]
+    n_threads = min(threads(jobs), torch.get_num_threads())             # analyses share the cores
     context = multiprocessing.get_context('spawn')
-    mine = [run for pair in todo for run in plan[pair]]
-    total = sum(run.config['max_iters'] for run in mine)
-    pool = ProcessPoolExecutor(jobs, context, begin_worker, (threads(jobs),))         # analyses share the cores
+    pool = ProcessPoolExecutor(jobs, context, begin_worker, (n_threads,))
+    bar = tqdm(total=sum(run.config['max_iters'] for run in mine), unit='step', smoothing=0, disable=None)
     signal.signal(signal.SIGTERM, stop)
     waiting = set()
     try:
+        if cfg.data_script == 'data_synth.py':              # other data are there, shared by all seeds
+            pool.submit(make_languages, cfg, todo).result()
         for i, pair in enumerate(todo):
             device = f'cuda:{i % gpus}' if gpus else cfg.device
             own = SimpleNamespace(**vars(cfg) | {'device': device})
             waiting.add(pool.submit(run_arm, own, *pair))
-        with tqdm(total=total, unit='step', disable=None) as bar:
-            while waiting:
-                done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                logs = [runs.read_log(run.folder) for run in mine]
-                bar.update(sum(log[-1]['step'] for log in logs if log) - bar.n)
-    except BaseException as error:
+        watch(bar, mine)
+        bar.initial = bar.n                                 # steps of an earlier time tell nothing of the pace
+        while waiting:
+            done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            watch(bar, mine)
+    except BrokenProcessPool:
+        raise SystemExit(f'{cfg.out_dir}: an arm was killed, perhaps for lack of memory; try a lower --jobs') from None
+    finally:
+        bar.close()
         for worker in multiprocessing.active_children():
             worker.terminate()
         pool.shutdown(cancel_futures=True)
-        if isinstance(error, BrokenProcessPool):
-            raise SystemExit(f'{cfg.out_dir}: an arm was killed, perhaps for lack of memory; try a lower --jobs'
-                             ) from None
-        raise
-
-def run_in_turn(cfg, todo):
-    """The arms, one after another."""
-    clock = time.time()
-    for done, (arm, seed) in enumerate(todo, 1):
-        run_arm(cfg, arm, seed)
-        spent = (time.time() - clock) / 60
-        left = spent / done * (len(todo) - done)
-        print(f'{arm} seed {seed} is done after {spent:.0f} min; about {left:.0f} min left', flush=True)
 
 # -----------------------------------------------------------------------------
 # the end
 
 def compare_runs(cfg, plan):
     """CKA of each run with the same of the arms before it, into its row."""
-    for (arm, seed), mine in progress(plan.items(), desc='CKA', unit='arm'):
+    for (arm, seed), mine in plan.items():
         for other in cfg.arms[:cfg.arms.index(arm)]:
             for run, theirs in zip(mine, plan[other, seed]):
                 analyze.compare_states(run.folder, theirs.folder, cfg.device)
@@ -262,21 +285,16 @@ def collect_examples(cfg, everything):
     """examples.json of the experiment: the pictures of the first seed's main runs, those of kept RoPE aside."""
     found = runs.read_json(os.path.join(place(cfg), 'examples.json')) or {}
     for run in everything:
-        c = runs.columns(run.config)
         own = runs.read_json(os.path.join(run.folder, 'example.json'))
-        if own and c['seed'] == cfg.seeds[0] and c['positions'] != 'kept' and runs.is_main(run.folder):
-            found[c['condition']] = own
+        if own and run.config['seed'] == cfg.seeds[0] and not run.config['keep_rope'] and runs.is_main(run.folder):
+            found[runs.columns(run.config)['condition']] = own
     runs.write_json(os.path.join(cfg.out_dir, 'examples.json'), found)
 
 def show_plan(cfg, everything, published):
-    """A line a run, done or to do, and the disk that the checkpoints take."""
+    """A line a run, done or to do."""
     for run in everything:
         state = 'to do' if to_do(cfg, run, published) else 'done '
         print(f'  {state}  {run.config["max_iters"]:>7,} steps  {run.folder}')
-    with torch.device('meta'):
-        parameters = sum(p.numel() for p in build(everything[0].config).parameters())
-    gib = 12 * parameters * len(everything) / 2 ** 30       # weights and, of AdamW, two moments; Muon has one
-    print(f'disk: at most {gib:.2f} GiB of checkpoints')
 
 def check(cfg):
     """Stops with one line at the first setting that can't work."""
@@ -290,8 +308,7 @@ def check(cfg):
     if len(cfg.primary) != 3 or cfg.primary[0] not in tested:
         raise SystemExit(f'primary = {cfg.primary}: a measure ({", ".join(tested)}), an order and its positions')
     for order in (cfg.base, cfg.placebo):
-        if order not in train.ORDERS:
-            raise SystemExit(f'base = {cfg.base}, placebo = {cfg.placebo}: of {", ".join(train.ORDERS)}')
+        train.check(SimpleNamespace(order=order))
     for arm in cfg.arms:
         train.check(train_stage(cfg, arm, 0))
 
@@ -311,9 +328,11 @@ def make_report(cfg, plan, everything):
     compare_runs(cfg, plan)
     collect(cfg)
     collect_examples(cfg, everything)
-    report.write(cfg.out_dir)                               # the numbers, whatever becomes of the pictures
-    plot.main(stage(cfg, 'plot.py', paths=[cfg.out_dir]))
-    report.main(SimpleNamespace(paths=[cfg.out_dir]))
+    try:
+        with contextlib.redirect_stdout(None):
+            plot.main(stage(cfg, 'plot.py', paths=[cfg.out_dir]))
+    finally:                                                # the numbers, whatever becomes of the pictures
+        report.main(SimpleNamespace(paths=[cfg.out_dir]))
 
 def main(cfg):
     cfg.out_dir = os.path.normpath(cfg.out_dir)
@@ -338,23 +357,19 @@ def main(cfg):
     todo = [pair for pair in pairs if any(to_do(cfg, run, published) for run in plan[pair])]
     steps = sum(run.config['max_iters'] for run in everything)
     print(f'{cfg.out_dir}: {len(cfg.arms)} arms x {len(cfg.seeds)} seeds, {len(everything)} runs, {steps:,} steps; '
-          f'to do: {len(todo)} of {len(pairs)} arms')
+          f'to do: {len(todo)} of {len(pairs)} arms', flush=True)
     if cfg.dry_run:
         return show_plan(cfg, everything, published)
-    planned = {runs.key(runs.columns(run.config)) for run in everything}
-    for key, row in own.items():
-        if cfg.publish and key not in planned:
-            raise SystemExit(f'{place(cfg)}: holds {row["condition"]} of seed {row["seed"]}, which is not in this '
-                             'plan and would be lost; add its arm and seed, or delete it')
+    lost = own.keys() - {runs.key(runs.columns(run.config)) for run in everything}
+    if cfg.publish and lost:
+        row = own[min(lost)]
+        raise SystemExit(f'{place(cfg)}: holds {row["condition"]} of seed {row["seed"]}, which is not in this plan and '
+                         'would be lost; add its arm and seed, or delete it')
 
     # ---- data, every arm, the report
     take_published(everything, published)
-    if cfg.data_script and not shared_data:
-        make_data(cfg, todo)
-    if cfg.jobs > 1 and len(todo) > 1:
-        run_together(cfg, todo, plan)
-    else:
-        run_in_turn(cfg, todo)
+    if todo:
+        run_arms(cfg, todo, plan)
     make_report(cfg, plan, everything)
     if cfg.publish:
         runs.publish(cfg.out_dir, place(cfg))

@@ -98,7 +98,7 @@ def test_sizes_nobody_thought_of(place):
     assert done.returncode == 0 and 'Warning' not in done.stderr, done.stderr
     row = runs.read_row(f'{place}/out/tiny/mha_shuffled_rope/seed0')
     assert row['mean']['score_p'] is None and np.shape(row['curve']['topics'])[1] == 11
-    assert '| mha_shuffled_rope |' in (place / 'out/tiny/summary.md').read_text()
+    assert '| mha_shuffled_rope ' in (place / 'out/tiny/summary.md').read_text()
 
 def test_what_is_undefined_is_null():
     same = {'uniform': 3.0, 'bigram': 2.0, 'filter': 2.0, 'oracle': 1.0}
@@ -106,7 +106,7 @@ def test_what_is_undefined_is_null():
     assert found['gap_closed'] is None and found['excess'] == 0.5
     assert runs.orderedness([{'topics': [5, 0]}, {'topics': [4, 0]}], 'topics') is None        # one topic
     assert runs.plain({'a': np.array([1.0, np.nan]), 'b': torch.tensor(np.nan)}) == {'a': [1.0, None], 'b': None}
-    assert report.t_interval([1.0]) == (1.0, None, None) and report.sign_flip_p([1.0]) is None
+    assert report.t_interval([1.0]) == (1.0, None, None) and report.exchange_p([[1.0, -1.0]]) is None
     assert report.fieller({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0}) == (None, None, None)
 
 @pytest.mark.parametrize('setting, words', (

@@ -8,7 +8,7 @@ from scipy.optimize import brentq
 
 import report
 import runs
-from report import compared, contrasts, course, effects, exchange_p, matched, max_t, patterns, sign_flip_p, value
+from report import compared, contrasts, course, effects, exchange_p, matched, max_t, patterns, value
 
 COMPARE = {'base': 'shuffled', 'placebo': 'pseudo', 'primary': ['score_p', 'topic_ordered', 'drope']}
 HEADER = {'experiment': 'made', 'compare': COMPARE, 'device': 'none', 'versions': {'torch': '2'}}
@@ -28,6 +28,14 @@ def row(order, positions, seed=0, steps=10, main=True, excess=0.1, probe=(0.2, 0
         'references': {'uniform': 6.0, 'bigram': 5.5, 'filter': 5.0, 'oracle': None},
         'mean': {'score_p': 0.0, 'score_o': None, 'within': 0.5, 'entropy': 1.0} | mean, 'uniform': {'within': 0.3},
         'probe': {'accuracy': list(probe), 'references': {'majority': 0.2, 'untrained': [0.1, 0.15]}}, 'config': {}}
+
+def sign_flip_p(d):
+    return exchange_p([[x, -x] for x in d])
+
+def cells(text, name, table=0):
+    """The cells of the line that begins with a name, in the so manyeth table that has one."""
+    lines = [line for line in text.splitlines() if line.startswith(f'| {name} ')]
+    return [cell.strip() for cell in lines[table].split('|')[2:-1]]
 
 def test_interval_and_sign_flips():
     x = np.random.default_rng(0).normal(0.5, 1, 6)
@@ -50,10 +58,11 @@ def test_many_seeds_are_sampled():
 
 def test_smallest_effect():
     # six seeds must all agree in sign: Phi(d)^6 = 0.8, so d = 1.79
-    assert report.smallest_effect(6) == pytest.approx(stats.norm.ppf(0.8 ** (1 / 6)), abs=0.01)
-    assert report.smallest_effect(5) is None
+    assert report.smallest_effect([0, 1] * 3) / np.std([0, 1] * 3, ddof=1) == pytest.approx(
+        stats.norm.ppf(0.8 ** (1 / 6)), abs=0.01)
+    assert report.smallest_effect([1, 2, 3, 4, 5]) is None
     d = np.random.default_rng(0).normal(0, 1, (1500, 8))
-    found = [sign_flip_p(x + report.smallest_effect(len(x))) <= 0.05 for x in d]
+    found = [sign_flip_p(x + report.smallest_effect(x) / np.std(x, ddof=1)) <= 0.05 for x in d]
     assert np.mean(found) == pytest.approx(0.8, abs=0.03)
 
 def test_fieller():
@@ -93,7 +102,7 @@ def test_values_of_a_row():
     assert value(row('pseudo', 'rope', probe=(0, 0.1, 0.2, 0.3)), 'probe') == 0.1      # three layers: after the first
 
     assert value(r | {'measures_version': 1}, 'score_p') is None           # this row's P was defined otherwise
-    assert '| — |' in report.summary(HEADER, [r | {'measures_version': 1}])
+    assert '—' == cells(report.summary(HEADER, [r | {'measures_version': 1}]), 'mha_topic_c4_drope')[4]
 
 def test_base_and_placebo():
     orders = ('shuffled', 'topic_c4', 'pseudo_c4', 'topic_ordered_pure', 'shuffled_pure')
@@ -148,12 +157,15 @@ def test_after_drope_the_primary_wants_its_check(kept, p):
         rows.append(row('shuffled', where, seed, steps, steps == 10))
         rows.append(row('topic_ordered', where, seed, steps, steps == 10, score_p=v * steps / 10 + 0.1 * (-1) ** seed))
     primary, = (e for e in effects(HEADER, rows) if e['kind'] == 'primary')
-    assert primary['p'] == p and ('nothing is concluded' in primary['note']) == (p is None)
+    assert primary['p'] == p
     for c in course(HEADER, rows):
         ratio, low, _ = c['ratio']
         assert c['drope']['mean'] == pytest.approx(c['steps'] / 20) and (low is None) == (not kept)
         assert not kept or ratio == pytest.approx(0.5)
-    assert report.summary(HEADER, rows).count('unbounded |') == 2 * (not kept)
+    text = report.summary(HEADER, rows)
+    line = cells(text, 'mha_topic_ordered - mha_shuffled')
+    assert line[0] == '10' and 'p 0.031' in line[2] and line[3:5] == (['+0.50', '+0.44'] if kept else ['—', '—'])
+    assert 'mha_shuffled_drope, 40 steps' in text and '| **+0.5000 ±' in text
 
 def three_runs(rng, seeds=8, shared=1.0, topic=0.0, reliability=0.9):
     """Rows of topic and of two shuffles: profiles of 2 x 8 heads with a shared part, CKA between any two."""
@@ -192,11 +204,12 @@ def test_profile_and_cka_by_hand():
     P = [np.array(r['heads']['score_p']) for r in rows[:3]]
     z = np.arctanh(np.corrcoef([(x - x.mean(1)[:, None]).ravel() for x in P]) - np.eye(3))
     e = compared(rows, TOPIC, 'rope', 'profile')
-    assert e['differences'][0] == pytest.approx(z[1, 2] - (z[0, 1] + z[0, 2]) / 2) and e['note'] == '; reliability 0.90'
+    assert e['differences'][0] == pytest.approx(z[1, 2] - (z[0, 1] + z[0, 2]) / 2)
     e = compared(three_runs(np.random.default_rng(2), 4, topic=1.0), TOPIC, 'rope', 'cka')
     assert e['p'] < 2 / 2 ** 4                                             # of 3^4 exchanges, not 2^4 signs
-    e = compared(three_runs(np.random.default_rng(2), reliability=0.79), TOPIC, 'rope', 'profile')
-    assert e['p'] is None and e['note'] == '; reliability 0.79: nothing is concluded' and e['mean'] is not None
+    for reliability in (0.9, 0.79):
+        made = three_runs(np.random.default_rng(2), reliability=reliability)
+        assert ('profile' in {e['measure'] for e in effects(HEADER, made)}) == (reliability >= 0.8)
     two = [r for r in rows if r['order'] != 'reshuffled']
     assert compared(two, TOPIC, 'rope', 'cka')['n'] == 0                   # not from one shuffle
 
@@ -217,14 +230,22 @@ def test_equal_loss():
     assert found['mha_topic_ordered', 'mha_pseudo', 'probe']['mean'] == pytest.approx(-0.11)
     never = [m for arms, m in found.items() if 'mha_topic_c4' in arms]
     assert never and all(m['n'] == 0 and m['mean'] is None for m in never)
+    assert 'mha_pseudo - ' not in report.summary(HEADER, rows).split('## ')[0]
 
 def test_report_with_one_seed_and_with_several():
     bigram = {'equal': {'score_p': 0.138, 'score_o': 0.216}, 'posterior': None}
-    rows = [row(order, positions, seed) | {'bigram': bigram} for seed in (0, 1)
+    heads = {'score_p': [[None, 0.1], [0.3, 0.2]]}
+    rows = [row(order, positions, seed) | {'bigram': bigram, 'heads': heads} for seed in (0, 1)
             for order in ('shuffled', 'topic_ordered') for positions in ('rope', 'drope', 'kept')]
     text = report.summary(HEADER, rows, ['loss.png'])
-    assert '| mha_topic_ordered_drope | 5.1000 ± 0.0000 |' in text and '(uniform 30.0%)' in text and '± 0.000' in text
-    assert 'figures/loss.png' in text and '## Realised order' in text and 'P, topic_ordered - base, drope' in text
-    assert '| mha_shuffled_rope | +0.138 ± 0.000 | — | +0.216 ± 0.000 | — | 2 |' in text
+    first = ['5.1000 ± 0.0000', '50.0% ± 0.0%', '1.00 ± 0.00', '50.0% ± 0.0%', '+0.000 ± 0.000', '+0.300 ± 0.000', '2']
+    assert cells(text, 'mha_topic_ordered_drope') == first
+    assert cells(text, 'chance') == ['5.5000', '30.0%', '—', '20.0%', '+0.000', '—', '']
+    differences = 'mha_topic_ordered - mha_shuffled, drope'
+    assert cells(text, differences)[0] == '+0.0000 ± 0.0000' and 'p 1, p_adjusted 1' in cells(text, differences, 1)[0]
+    assert 'figures/loss.png' in text and 'P, topic_ordered - base, drope' in text and '## Circuits' not in text
+    assert text.split('## Realised order')[1].split('## ')[0].count('| mha_') == 2        # trained runs alone
+    assert '+0.138 ± 0.000' in text and '## At equal loss' not in text and 'One seed' not in text
     one = report.summary(HEADER, rows[:6])
-    assert 'of one seed none' in one and 'nan' not in one and '| +0.0000 | — | 1 | — | — |' in one
+    assert 'One seed' in one and 'nan' not in one and '±' not in one and cells(one, differences, 1)[0] == '+0.0000, n 1'
+    assert one.count('mha_topic_ordered - mha_shuffled') == 6              # 3 positions, 2 of them twice, the course

@@ -1,8 +1,16 @@
 """The real scripts, tiny, as a person would type them; and what they say to bad input."""
+import contextlib
+import fcntl
 import glob
 import json
 import os
+import pty
+import re
 import shutil
+import struct
+import subprocess
+import sys
+import termios
 
 import numpy as np
 import pytest
@@ -15,7 +23,7 @@ import runs
 import shards
 from configurator import SCRIPTS, block, configure
 from runs import curve, orderedness
-from test_train import HERE, TINY, dataset, run                            # noqa: F401 (dataset is a fixture)
+from test_train import ENV, HERE, TINY, dataset, run                            # noqa: F401 (dataset is a fixture)
 
 EXPERIMENT = """
 data_dir, out_dir = 'data/tiny', 'out/tiny'
@@ -75,9 +83,12 @@ def test_experiment(workspace):
     for name in ('loss', 'order', 'heads', 'maps', 'probe', 'effects', 'course', 'lens'):
         assert os.path.getsize(f'{here}/out/tiny/figures/{name}.png') > 5000
     text = open(f'{here}/out/tiny/summary.md').read()
-    assert 'figures/loss.png' in text and 'mha_shuffled_rope' in text and 'mha_shuffled_rope' in printed
     for part in ('The probe and its references', 'Circuits', 'Paired differences', 'At equal loss', 'Realised order'):
         assert f'## {part}\n' in text
+    # printed: the plan, a line a run, the first part of the report
+    plan, lines = printed.split('\n', 1)[0], [line for line in printed.split('\n') if line.startswith('out/tiny/')]
+    assert '50 runs' in plan and len(lines) == 50 and all(': val loss' in line for line in lines)
+    assert printed.count('\n') < 90 and text.split('\n## ')[0] in printed and 'figures: out/tiny/figures' in printed
     contrasts = {tuple(e['arms']) for e in report.effects(header, rows)}
     assert {(f'mha_{order}', 'mha_shuffled') for order in ('topic_ordered', 'topic_c4', 'shuffled_pure')} <= contrasts
     for path in glob.glob(f'{here}/out/tiny/**/*.json*', recursive=True):   # no NaN anywhere
@@ -138,9 +149,23 @@ def test_experiment_goes_on_where_it_stopped(workspace):
     assert fewer.returncode == 0 and len(rows_of(f'{here}/out/tiny')) == 25, fewer.stderr
     shutil.rmtree(f'{here}/out/tiny/mha_shuffled_drope/seed0')
     shutil.rmtree(f'{here}/results')
-    again = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--jobs=2', cwd=here)
-    assert again.returncode == 0, again.stderr
+    status, shown = on_terminal(here, 'tiny.py', '--seeds=0,1', '--jobs=2')
+    assert status == 0 and '8/8 [' in shown and 'out/tiny/mha_shuffled_' in shown, shown       # drope: 6 steps, 2
+    assert 'val loss' not in shown and '| mha_topic_c4_drope ' in shown        # one bar, then the report
     assert untimed(rows_of(f'{here}/out/tiny')) == before                      # the same seed, the same run
+
+def on_terminal(cwd, *args):
+    """(exit status, what is shown) of an experiment on a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('4H', 40, 150, 0, 0))
+    command = [sys.executable, 'run_experiment.py', *args]
+    process = subprocess.Popen(command, cwd=cwd, env=ENV, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b''
+    with contextlib.suppress(OSError):                      # Linux's way to say that they have closed it
+        while chunk := os.read(ours, 9999):
+            shown += chunk
+    return process.wait(), shown.decode()
 
 def test_published_rows_do_not_hide_another_run(workspace):
     """A run with other settings stops the command, though a row with these is published; `main` is the folder's."""
@@ -182,7 +207,7 @@ def test_stale_rows(workspace):
     os.rename(f'{folders[1]}/gone.pt', f'{folders[1]}/ckpt.pt')
     assert done.returncode == 0 and 'to do: 1 of 10' in done.stdout, done.stderr
     assert runs.read_row(folders[0])['mean'] == fresh['mean'] and runs.read_row(folders[1])['measures_version'] == 0
-    assert '| mha_topic_c4_kept | — |' in open(f'{here}/out/tiny/summary.md').read()
+    assert re.search(r'\| mha_topic_c4_kept +(\|[^|]+){4}\| — ', open(f'{here}/out/tiny/summary.md').read())       # P
     shutil.rmtree(folders[1])
     assert run('run_experiment.py', 'tiny.py', '--seeds=0,1', cwd=here).returncode == 0
 
@@ -279,7 +304,7 @@ def test_scripts_share_their_defaults():
                 assert seen.setdefault(key, default)[:2] == default[:2], f'{key} in {script}'
             assert wiki.get(key, default)[1] == default[1]              # of one type even so
     cfg = configure('run_experiment.py', ['--data_script=prepare_wiki.py', '--vocab_size=999'], stages=SCRIPTS)
-    at = run_experiment.data_stage(cfg, True, 3)
+    at = run_experiment.data_stage(cfg, 3, 'mha_shuffled_pure')
     assert (at.n_topics, at.vocab_size, at.max_segments, at.seed) == (wiki['n_topics'][0], 999, 1, 0)
     assert at.data_dir == 'data/wiki_pure' and at.work_dir == 'data/wiki_work'
 
