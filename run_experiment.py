@@ -5,7 +5,8 @@ Reads what is done in out_dir and results/. Writes datasets into data_dir, a fol
 figures/ into out_dir; --publish=True copies rows, report and figures to results/<experiment>/.
 
     python run_experiment.py config/demo.py
-    python run_experiment.py config/run1.py --dry_run=True        # the plan, the number of runs, the disk
+    python run_experiment.py config/run1.py --dry_run=True          # the plan, a line a run
+    python run_experiment.py config/structured.py --part=2/8        # one of eight such commands that share a folder
 
 What is done is skipped: a run is done when a row with its settings is there, in out_dir or published under
 results/, even where its checkpoint was deleted. A row that an older version of the measures made, or other
@@ -49,6 +50,7 @@ placebo = 'pseudo'          # the order that has the schedule of another, withou
 primary = ('score_p', 'topic_ordered', 'drope')     # named beforehand: measure, order - base, positions
 course_seeds: int = None    # further recalibration lengths, on the first so many seeds; none = all [1, 2**31)
 rows_from = ''              # a folder of results: its rows are taken where this plan has the same runs
+part = ''                   # '2/8': the second of eight shares of arms and seeds; '' = all of them
 jobs = 1                    # arms trained at a time, in as many processes, spread over the GPUs [1, 2**31)
 data_script = 'data_synth.py'   # makes the data: a script with main and parameters; '' = data_dir is a dataset
 dry_run = False             # print the plan and stop
@@ -103,8 +105,9 @@ def make_data(cfg, pairs):
     for arm, seed in pairs:
         for at in (data_stage(cfg, seed), data_stage(cfg, seed, arm)):
             stages[str(at)] = at
-    for at in stages.values():
-        data_module(cfg).main(at)
+    with runs.locked(f'{cfg.data_dir}.parts', wait=True):   # another part may be at it
+        for at in stages.values():
+            data_module(cfg).main(at)
 
 def make_languages(cfg, pairs):
     """Their micro-languages, without a word."""
@@ -168,6 +171,16 @@ def to_do(cfg, run, published):
     settings = {key: getattr(cfg, key) for key in analyze.SETTINGS}
     stale = row['measures_version'] != measures.VERSION or row['settings'] != settings
     return stale and has_checkpoint(run)
+
+def share(cfg, plan):
+    """The arms and seeds of cfg.part: every n-th of them, those with most work first, which evens out the parts."""
+    if not cfg.part:
+        return list(plan)
+    number, _, parts = cfg.part.partition('/')
+    if not (number.isdecimal() and parts.isdecimal() and 0 < int(number) <= int(parts)):
+        raise SystemExit(f'part = {cfg.part}: 2/8, say, is the second of eight')
+    by_work = sorted(plan, key=lambda pair: -sum(run.config['max_iters'] for run in plan[pair]))
+    return by_work[int(number) - 1::int(parts)]
 
 # -----------------------------------------------------------------------------
 # the work
@@ -354,10 +367,11 @@ def main(cfg):
         published = rows_by_key(cfg.rows_from) | own
         if published == own:
             raise SystemExit(f'rows_from = {cfg.rows_from}: holds no runs.jsonl')
-    todo = [pair for pair in pairs if any(to_do(cfg, run, published) for run in plan[pair])]
+    mine = share(cfg, plan)
+    todo = [pair for pair in mine if any(to_do(cfg, run, published) for run in plan[pair])]
     steps = sum(run.config['max_iters'] for run in everything)
     print(f'{cfg.out_dir}: {len(cfg.arms)} arms x {len(cfg.seeds)} seeds, {len(everything)} runs, {steps:,} steps; '
-          f'to do: {len(todo)} of {len(pairs)} arms', flush=True)
+          f'to do: {len(todo)} of {len(mine)} arms', flush=True)
     if cfg.dry_run:
         return show_plan(cfg, everything, published)
     lost = own.keys() - {runs.key(runs.columns(run.config)) for run in everything}
@@ -370,9 +384,14 @@ def main(cfg):
     take_published(everything, published)
     if todo:
         run_arms(cfg, todo, plan)
-    make_report(cfg, plan, everything)
-    if cfg.publish:
-        runs.publish(cfg.out_dir, place(cfg))
+    missing = sum(row_of(run, {}) is None for run in everything)
+    if missing:
+        print(f'part {cfg.part} is done; {missing} runs of other parts are not, so there is no report yet')
+        return
+    with runs.locked(f'{cfg.out_dir}/report', wait=True):   # two parts may end at once
+        make_report(cfg, plan, everything)
+        if cfg.publish:
+            runs.publish(cfg.out_dir, place(cfg))
 
 if __name__ == '__main__':
     command(main, __file__, stages=SCRIPTS[:-1])

@@ -33,8 +33,8 @@ def writing(path):
         raise SystemExit(f'{path}: cannot be written ({e.strerror}); make room or choose another folder') from None
 
 @contextlib.contextmanager
-def locked(folder, rank=0):
-    """Keeps a folder in the making to this command, by its first process: another command is refused in one line."""
+def locked(folder, rank=0, wait=False):
+    """Keeps a folder in the making to this command, by its first process: another is refused in one line, or waits."""
     if rank:
         yield
         return
@@ -43,7 +43,7 @@ def locked(folder, rank=0):
         os.makedirs(parent, exist_ok=True)
         lock = FileLock(os.path.join(parent, f'.{name}.lock'))
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(blocking=wait)
         except Timeout:
             raise SystemExit(f'{folder}: another process is at work there; wait for it, or choose another') from None
     try:

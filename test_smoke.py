@@ -95,6 +95,26 @@ def test_experiment(workspace):
         if not path.endswith('.lock'):
             assert 'NaN' not in open(path).read() and 'Infinity' not in open(path).read()
 
+def test_two_parts_on_one_folder(workspace):
+    """One killed and started again, on data of its own: the rows of one process. The last to end reports."""
+    here, _ = workspace
+    args = ['tiny.py', '--seeds=0,1', '--arms=mha_shuffled,mha_topic_ordered', '--data_dir=data/parts',
+            '--out_dir=out/parts']
+    command = [sys.executable, 'run_experiment.py', *args]
+    killed = subprocess.Popen([*command, '--part=1/2'], cwd=here, env=ENV, stdout=subprocess.PIPE, text=True)
+    assert any(': val loss' in line for line in killed.stdout)             # it has a run
+    killed.kill()
+    second = run('run_experiment.py', *args, '--part=2/2', cwd=here)
+    assert second.returncode == 0 and 'part 2/2 is done; ' in second.stdout, second.stderr
+    assert not os.path.exists(f'{here}/out/parts/summary.md')
+    first = run('run_experiment.py', *args, '--part=1/2', cwd=here)
+    assert first.returncode == 0 and 'to do: 2 of 2' in first.stdout, first.stderr
+    parts, whole = rows_of(f'{here}/out/parts'), rows_of(f'{here}/out/tiny')
+    assert len(parts) == 20 and os.path.exists(f'{here}/out/parts/figures/loss.png')
+    strip = lambda row: {k: v for k, v in row.items() if k not in ('seconds', 'config')}
+    assert all(strip(row) == strip(whole[key]) for key, row in parts.items())
+    refuses(run('run_experiment.py', *args, '--part=3/2', cwd=here), 'part = 3/2', 'is the second of eight')
+
 def test_recalibration_reads_mixed_rows_in_every_arm(workspace):
     here, _ = workspace
     config = lambda name: runs.read_config(f'{here}/out/tiny/{name}/seed0')
