@@ -9,6 +9,7 @@ Your own labelled tokens become a dataset with
     shards.write(folder, dict(train=..., train_topics=..., val=..., val_topics=...),
                  dict(vocab_size=..., block_size=..., n_topics=...))
 """
+import functools
 import hashlib
 import math
 import os
@@ -60,10 +61,10 @@ def write(folder, arrays, meta, extra=None):
     """
     Write a dataset folder, all or nothing: a temporary sibling is filled, read back, then renamed.
     arrays: {'train', 'train_topics', 'val', 'val_topics': integers [rows, block_size + 1]} and, optional,
-    'val_posterior': [rows, block_size + 1, n_topics]; memory maps will do, and iterators of blocks of rows. meta: at least vocab_size, block_size and
-    n_topics; the rows, and sha256 and size in bytes of each file, are added. extra: other files that belong to the
-    dataset, {name: the folder it is copied from}. Stops with one line if the folder exists,
-    cannot be written, or would not be readable.
+    'val_posterior': [rows, block_size + 1, n_topics]; memory maps will do, and iterators of blocks of rows. meta: at
+    least vocab_size, block_size and n_topics; the rows, and sha256 and size in bytes of each file, are added. extra:
+    other files that belong to the dataset, {name: the folder it is copied from}. Stops with one line if the folder
+    exists, cannot be written, or would not be readable.
     """
     with new_folder(folder) as temporary:
         files, rows = {}, {}
@@ -84,6 +85,12 @@ def write(folder, arrays, meta, extra=None):
                 meta['extra'][name] = file_entry(path)
         write_json(os.path.join(temporary, 'meta.json'), meta)
         read(temporary)                                     # what the reader would refuse never gets the final name
+
+
+def largest_in(path, dtype):
+    """The largest number of a file, read in pieces: of a memory map all that was read counts as memory."""
+    with open(path, 'rb') as f:
+        return max(np.frombuffer(piece, dtype).max() for piece in iter(functools.partial(f.read, 1 << 24), b''))
 
 
 def read_meta(folder):
@@ -133,7 +140,7 @@ def read(folder):
         data[name] = np.memmap(path, dtype, 'r', shape=(rows, *shape))
         if labels != 'posterior':
             key = 'n_topics' if labels else 'vocab_size'
-            largest = data[name].max()
+            largest = largest_in(path, dtype)
             if largest >= meta[key]:
                 raise SystemExit(f'{path}: holds {largest}, but meta.json has {key} = {meta[key]}; make them agree')
     return SimpleNamespace(meta=meta, folder=folder, **data)
