@@ -25,11 +25,11 @@ import zlib
 import numpy as np
 from sklearn import cluster, decomposition, feature_extraction, metrics, pipeline, preprocessing
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tqdm import tqdm                   # not machine.progress: torch alone is 250 MB
 
 import runs
 import shards
 from configurator import block, command
-from machine import progress
 
 # -----------------------------------------------------------------------------
 # config
@@ -123,7 +123,7 @@ def read_all(folder):
 
 def unmade(folder, items):
     """(item, path) of each item of which a phase has still to make the array at this path."""
-    for i, item in enumerate(progress(items, os.path.basename(folder))):
+    for i, item in enumerate(tqdm(items, os.path.basename(folder), disable=None)):
         path = f'{folder}/{i:05d}.npy'
         if not os.path.exists(path):
             yield item, path
@@ -238,7 +238,7 @@ def article(record):
 
 def articles(cfg, folder):
     """Clean articles without stubs and duplicates, of each CHUNK records a file of JSON lines."""
-    seen, stream = set(), iter(progress(records(cfg), 'articles'))
+    seen, stream = set(), iter(tqdm(records(cfg), 'articles', disable=None))
     for i in itertools.count():
         some = list(itertools.islice(stream, CHUNK))
         path, lines = f'{folder}/{i:05d}.lines', ''         # not .jsonl: what lies here is no source
@@ -309,7 +309,7 @@ def clusters(cfg, folder, vectors_folder, texts, facts):
         stable += '\nWARNING: another seed does not find these topics; try another embedder or n_topics'
     print(stable)
     text = f'# {K} topics of {len(labels):,} articles by {cfg.embedder}\n\n{stable}\n'
-    words, weights = tf_idf(texts)
+    words, weights = tf_idf([text[:MODEL_CHARS] for text in texts])
     for k, size in enumerate(np.bincount(labels)):
         more = weights[fits[0].labels_ == k].mean(0) - weights.mean(0)         # in this topic than in all [1, words]
         best = words.get_feature_names_out()[np.argsort(-np.ravel(more))[:15]]
@@ -362,7 +362,7 @@ def pack(rng, lengths, labels, width, low, high, least):
         row, topic, rest = [], -1, left.copy()
         for size in np.diff(cuts, prepend=0, append=width - n * least) + least:
             chances = np.where(np.arange(len(weights)) == topic, 0, weights)
-            topic = rng.choice(len(weights), p=chances / chances.sum())
+            topic = np.searchsorted(chances.cumsum(), rng.random() * chances.sum(), 'right')
             fits = np.flatnonzero((labels == topic) & (rest >= size))
             if len(fits):
                 article = fits[rest[fits].argmin()]

@@ -263,7 +263,7 @@ def test_topics_from(made, fresh, monkeypatch):
     refused('no topics there', fresh, f'--topics_from={fresh}')
     refused('of 90 other articles, not n_topics = 3 of these 89', fresh, flag, '--max_articles=89')
     monkeypatch.setattr(prepare_wiki, 'vectors', None)                         # would be an AttributeError
-    make(fresh, flag)
+    make(fresh, flag, '--embedder=./no_model')
     assert same(made / 'data', fresh / 'data')
 
 def test_local_sources(made, fresh):
