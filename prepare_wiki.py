@@ -309,7 +309,7 @@ def clusters(cfg, folder, vectors_folder, texts, facts):
         stable += '\nWARNING: another seed does not find these topics; try another embedder or n_topics'
     print(stable)
     text = f'# {K} topics of {len(labels):,} articles by {cfg.embedder}\n\n{stable}\n'
-    words, weights = tf_idf([text[:MODEL_CHARS] for text in texts])
+    words, weights = tf_idf(texts)
     for k, size in enumerate(np.bincount(labels)):
         more = weights[fits[0].labels_ == k].mean(0) - weights.mean(0)         # in this topic than in all [1, words]
         best = words.get_feature_names_out()[np.argsort(-np.ravel(more))[:15]]
