@@ -9,6 +9,7 @@ Your own labelled tokens become a dataset with
     shards.write(folder, dict(train=..., train_topics=..., val=..., val_topics=...),
                  dict(vocab_size=..., block_size=..., n_topics=...))
 """
+import functools
 import hashlib
 import math
 import os
@@ -34,37 +35,48 @@ def file_entry(path):
     return {'bytes': os.path.getsize(path), 'sha256': sha256}
 
 
+def blocks(array):
+    """An array as blocks of rows; an iterator yields them itself."""
+    if hasattr(array, '__next__'):
+        return array
+    return (array[start:start + BLOCK] for start in range(0, len(array), BLOCK))
+
+
 def write_array(path, array, dtype):
-    """Write an array block by block; stops with one line where it holds what its dtype cannot."""
+    """Write an array block by block, returns its rows; stops with one line where it holds what its dtype cannot."""
+    n_rows = 0
     with open(path, 'wb') as f:
-        for start in range(0, len(array), BLOCK):
-            rows = np.asarray(array[start:start + BLOCK])
+        for block in blocks(array):
+            rows = np.asarray(block)
+            n_rows += len(rows)
             if dtype != np.float16:
                 largest = np.iinfo(dtype).max
                 if rows.dtype.kind not in 'iu' or rows.min() < 0 or rows.max() > largest:
                     raise SystemExit(f'{os.path.basename(path)} must hold integers from 0 to {largest}')
             f.write(np.ascontiguousarray(rows, dtype))
+    return n_rows
 
 
 def write(folder, arrays, meta, extra=None):
     """
     Write a dataset folder, all or nothing: a temporary sibling is filled, read back, then renamed.
     arrays: {'train', 'train_topics', 'val', 'val_topics': integers [rows, block_size + 1]} and, optional,
-    'val_posterior': [rows, block_size + 1, n_topics]; memory maps will do. meta: at least vocab_size, block_size and
-    n_topics; the rows, and sha256 and size in bytes of each file, are added. extra: other files that belong to the
-    dataset, {name: the folder it is copied from}. Stops with one line if the folder exists,
-    cannot be written, or would not be readable.
+    'val_posterior': [rows, block_size + 1, n_topics]; memory maps will do, and iterators of blocks of rows. meta: at
+    least vocab_size, block_size and n_topics; the rows, and sha256 and size in bytes of each file, are added. extra:
+    other files that belong to the dataset, {name: the folder it is copied from}. Stops with one line if the folder
+    exists, cannot be written, or would not be readable.
     """
     with new_folder(folder) as temporary:
-        files = {}
+        files, rows = {}, {}
         for name, array in arrays.items():
-            if name not in DTYPES or np.ndim(array) != (3 if name == 'val_posterior' else 2):
+            ndim = 3 if name == 'val_posterior' else 2
+            if name not in DTYPES or not hasattr(array, '__next__') and np.ndim(array) != ndim:
                 raise SystemExit(f'{folder}: cannot write {name!r} of shape {np.shape(array)}; the arrays are '
                                  f'{", ".join(DTYPES)}, [rows, block_size + 1] (the posterior [.., n_topics])')
             path = os.path.join(temporary, f'{name}.bin')
-            write_array(path, array, DTYPES[name])
+            rows[name] = write_array(path, array, DTYPES[name])
             files[f'{name}.bin'] = file_entry(path)
-        rows = {name: len(arrays[name]) for name in ('train', 'val') if name in arrays}
+        rows = {name: rows[name] for name in ('train', 'val') if name in arrays}
         meta = {**meta, 'rows': rows, 'files': files}
         if extra:
             meta['extra'] = {}
@@ -73,6 +85,12 @@ def write(folder, arrays, meta, extra=None):
                 meta['extra'][name] = file_entry(path)
         write_json(os.path.join(temporary, 'meta.json'), meta)
         read(temporary)                                     # what the reader would refuse never gets the final name
+
+
+def largest_in(path, dtype):
+    """The largest number of a file, read in pieces: of a memory map all that was read counts as memory."""
+    with open(path, 'rb') as f:
+        return max(np.frombuffer(piece, dtype).max() for piece in iter(functools.partial(f.read, 1 << 24), b''))
 
 
 def read_meta(folder):
@@ -122,7 +140,7 @@ def read(folder):
         data[name] = np.memmap(path, dtype, 'r', shape=(rows, *shape))
         if labels != 'posterior':
             key = 'n_topics' if labels else 'vocab_size'
-            largest = data[name].max()
+            largest = largest_in(path, dtype)
             if largest >= meta[key]:
                 raise SystemExit(f'{path}: holds {largest}, but meta.json has {key} = {meta[key]}; make them agree')
     return SimpleNamespace(meta=meta, folder=folder, **data)
