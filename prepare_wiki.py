@@ -1,7 +1,6 @@
 """
 Wikipedia -> topics by meaning -> byte-level BPE -> rows of several topics, in the format of shards.py.
-
-Reads articles: a hub dataset, or parquet or jsonl with id, title and text. Writes data_dir, work_dir.
+Reads articles: a hub dataset, or parquet or jsonl with id, title and text. Writes data_dir (topics.md in it), work_dir.
 
     python prepare_wiki.py config/wiki.py                                        # downloads: needs the network
     python prepare_wiki.py --source=articles.parquet --embedder=lsa --data_dir=data/my_wiki
@@ -9,8 +8,8 @@ Reads articles: a hub dataset, or parquet or jsonl with id, title and text. Writ
 Phases: articles (cleaned, no stubs, no duplicates), vectors, clusters, tokenizer, tokens, rows. Each has a folder in
 work_dir, named by what it depends on: what is done is skipped, and another n_topics reuses the vectors. Neither memory
 nor what a kill loses grows with the corpus: a phase goes on after its last file (of CHUNK articles; rows of PART), and
-what is fitted is fitted to SAMPLE articles. Tokenizer and training rows come from the training articles alone.
-Vectors differ between machines, in the last digits, so all rows do: --topics_from=results/wiki takes the labels there.
+what is fitted is fitted to SAMPLE articles. Tokenizer and training rows come from the training articles alone. Machines
+differ in the last digits of vectors, so in rows: --topics_from=results/wiki takes the labels there.
 """
 import base64
 import fnmatch
