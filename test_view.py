@@ -82,12 +82,12 @@ def test_numbers_are_the_models(t=30):
         shown = found[r, :, 3] / 100
         assert ((shown - weights).abs() <= largest / 255 + 6e-4 * shown).all()  # and the digits that are shown
         assert (shown > 0).all() and shown.std() > 0.01
-        [chance], share = line(page, 'On own topic')
+        [chance], share = line(page, 'On its topic')
         assert share[r] / 100 == pytest.approx(A[t, z == z[t]].sum().item(), abs=1e-3)
         loss = net(x, tokens[None, 1:])[0, t - 1].item()
         assert line(page, 'Loss here')[1][r] == pytest.approx(loss, abs=0.006)
         hidden, parts, own = (part[0, t] for part in list(topic_parts(net, x, z[None, :, None], 3))[2])
-        for name, part in (('Topic made', parts[0, z[t]]), ('Itself made', own)):
+        for name, part in (('From its topic', parts[0, z[t]]), ('From itself', own)):
             made = part @ hidden / hidden.square().sum()
             assert line(page, name)[1][r] / 100 == pytest.approx(made.item(), abs=2e-3)
     assert chance / 100 == pytest.approx((z[:t + 1] == z[t]).float().mean().item(), abs=1e-3)
