@@ -97,7 +97,7 @@ def test_numbers_are_the_models(t=30):
 
 def test_tokens_are_no_markup():
     page = browse(make(TEXTS[0]), 'token=40')
-    shown = [html.unescape(x) for x in re.findall(r'<span class="token"[^>]*>(.*?)</span>', page)]
+    shown = [html.unescape(x) for x in re.findall(r'<span class="token [^>]*>(.*?)</span>', page)]
     tokens = shards.read('data/text').val[0, :-1].tolist()
     assert shown == [WORDS[i].replace('\n', '↵') for i in tokens]
     assert len(set(tokens)) == len(WORDS) and page.count('<script') == 2 and '<img' not in page
