@@ -21,7 +21,7 @@ import typing
 
 _here = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = ('prepare_wiki.py', 'data_synth.py', 'train.py', 'drope.py', 'analyze.py', 'tensor_lens.py', 'plot.py',
-           'run_experiment.py')                             # of a key that two define an experiment has the later's
+           'view.py', 'run_experiment.py')                  # of a key that two define an experiment has the later's
 
 # -----------------------------------------------------------------------------
 # the config block of a script
