@@ -64,8 +64,7 @@ ARTICLES = ('source', 'source_digest', 'subset', 'cleaning', 'max_articles', 'mi
 TOKENS = ARTICLES + ('vocab_size', 'val_share')            # what these phases depend on, of meta.json
 
 def parameters(cfg):
-    """What a dataset is built from, as meta.json keeps it: another value is another dataset. The source has a digest,
-    which is left out where the source is not here: a dataset may be used elsewhere."""
+    """What a dataset is built from, as meta.json keeps it. The source has a digest, unless it is not here any more."""
     meta = {key: getattr(cfg, key) for key in block(__file__) if key not in NO_PARAMETERS}
     for key in ('source', 'embedder'):
         meta[key] = os.path.basename(os.path.normpath(meta[key]))
