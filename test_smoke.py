@@ -48,9 +48,6 @@ def workspace(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     return here, done.stdout
 
-def load(*path):
-    return json.load(open(os.path.join(*path)), parse_constant=lambda s: pytest.fail(f'{s} in {path}'))
-
 # -----------------------------------------------------------------------------
 # an experiment, end to end
 
@@ -365,7 +362,7 @@ def test_bad_config_file(tmp_path, source, words):
     (['--order=sorted'], ('sorted', 'pseudo')),
     (['--device=cuda'], ('cuda',)),
     (['--dtype=half'], ('half', 'bfloat16')),
-    (['config/demo.py', '--data_dir=DATASET'], ('n_topics = 3', '4'))))
+    (['config/demo.py', '--data_dir=DATASET'], ('vocab_size = 20', '64'))))
 def test_bad_flags(args, words, dataset):
     args = [arg.replace('config/demo', HERE + '/config/demo').replace('DATASET', dataset) for arg in args]
     refuses(run('train.py', *args), *words)
