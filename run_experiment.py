@@ -37,6 +37,7 @@ import report
 import runs
 import shards
 import train
+import view
 from configurator import SCRIPTS, be_patient, block, command
 from machine import threads
 
@@ -59,7 +60,7 @@ publish = False             # copy rows, report and figures to results/<experime
 # -----------------------------------------------------------------------------
 # the plan
 
-OF_AN_ARM = {'run', 'seed', 'repeat', 'order', 'cycles', 'cooldown', 'n_kv_head', 'keep_rope', 'causal',
+OF_AN_ARM = {'run', 'other', 'seed', 'repeat', 'order', 'cycles', 'cooldown', 'n_kv_head', 'keep_rope', 'causal',
              'recal_data_dir'}
 
 class Run(NamedTuple):
@@ -347,6 +348,16 @@ def make_report(cfg, plan, everything):
     finally:                                                # the numbers, whatever becomes of the pictures
         report.main(SimpleNamespace(paths=[cfg.out_dir]))
 
+def make_page(cfg, plan):
+    """view.html of the base arm's first seed, RoPE beside DroPE, one validation row; what fails here stops nothing."""
+    arm = next((arm for arm in cfg.arms if runs.arm_settings(arm, cfg.n_head)['order'] == cfg.base), cfg.arms[0])
+    run, *recalibrated = plan[arm, cfg.seeds[0]]            # the first of these is DroPE, for the main length
+    other = recalibrated[0].folder if recalibrated else ''
+    try:
+        view.main(stage(cfg, 'view.py', run=run.folder, other=other, view_rows=(0,)))
+    except (Exception, SystemExit) as error:
+        print(f'{run.folder}: no page of it ({error})')
+
 def main(cfg):
     cfg.out_dir = os.path.normpath(cfg.out_dir)
     cfg.arms = tuple(dict.fromkeys(cfg.arms))               # what is named twice is one
@@ -390,6 +401,7 @@ def main(cfg):
         return
     with runs.locked(f'{cfg.out_dir}/report', wait=True):   # two parts may end at once
         make_report(cfg, plan, everything)
+        make_page(cfg, plan)
         if cfg.publish:
             runs.publish(cfg.out_dir, place(cfg))
 

@@ -41,7 +41,7 @@ null_draws, analysis_rows, lens_rows = 20, 24, 16
 def workspace(tmp_path_factory):
     """A copy of the scripts, as a checkout, with one experiment run in it."""
     here = str(tmp_path_factory.mktemp('checkout'))
-    for path in glob.glob(os.path.join(HERE, '*.py')):
+    for path in [*glob.glob(os.path.join(HERE, '*.py')), os.path.join(HERE, 'view_template.html')]:
         shutil.copy(path, here)
     open(os.path.join(here, 'tiny.py'), 'w').write(EXPERIMENT)
     done = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--publish=True', cwd=here)

@@ -339,7 +339,7 @@ def test_bad_settings(flag, match, fresh):
 def experiment(made, tmp_path_factory):
     """config/wiki_small.py, tiny, on articles made here, in a copy of the scripts."""
     here = str(tmp_path_factory.mktemp('checkout'))
-    for path in [made / 'articles.jsonl', *glob.glob(os.path.join(HERE, '*.py'))]:
+    for path in [made / 'articles.jsonl', f'{HERE}/view_template.html', *glob.glob(os.path.join(HERE, '*.py'))]:
         shutil.copy(path, here)
     shutil.copytree(os.path.join(HERE, 'config'), f'{here}/config')
     tiny = ('--n_layer=2 --n_embd=16 --n_head=2 --head_dim=8 --mlp_hidden=24 --batch_size=4 --max_iters=12 --jobs=1 '
