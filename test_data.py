@@ -258,10 +258,10 @@ def test_own_tokens(tmp_path):
     (dict(train=OWN['train'] - 5), 'train.bin must hold integers'),
     (dict(val=OWN['val'] * 0.5), 'val.bin must hold integers'),
     (dict(val_topics=OWN['val_topics'] + 2), 'val_topics.bin: holds 3, but meta.json has n_topics = 2'),
-    (dict(train_topics=OWN['train_topics'][:5]), 'train_topics.bin: has 25 bytes, not the 6 rows'),
+    (dict(train_topics=OWN['train_topics'][:5]), 'train_topics.bin: has 25 bytes, not whole rows of [5] uint8, as many as train.bin'),
     (dict(train=OWN['train'].ravel()), "cannot write 'train' of shape (30,)"),
     (dict(val=OWN['val'][:0], val_topics=OWN['val'][:0]), 'val.bin: has 0 bytes'),
-    (dict(val_posterior=np.zeros((2, 5, 3))), 'val_posterior.bin: has 60 bytes, not the 2 rows of 20')))
+    (dict(val_posterior=np.zeros((2, 5, 3))), 'val_posterior.bin: has 60 bytes, not whole rows of [5, 2] float16')))
 def test_write_refuses(tmp_path, change, line):
     refused(line, shards.write, tmp_path / 'x', OWN | change, META)
     assert not os.listdir(tmp_path)                         # nothing is left behind

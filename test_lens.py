@@ -12,7 +12,7 @@ import shards
 import tensor_lens
 from configurator import configure
 from model import Qwen3, load
-from tensor_lens import frozen, own_topic_shares, readout, topic_parts
+from tensor_lens import carried, own_topic_shares, readout, topic_parts
 from test_measures import make_rows
 from test_model import fork, tiny
 from test_train import TINY, run
@@ -27,7 +27,7 @@ def case(shape='gqa 2:1', rope=True, T=8):
     return model.double().requires_grad_(False), idx[:, :T], z
 
 def states(model, idx):
-    """What the model itself computes: hidden states at every depth of `frozen`."""
+    """What the model itself computes: hidden states at every depth of `carried`."""
     hidden = [x for x, _ in model.trace(idx)]
     return [*hidden, model.model.norm(hidden[-1])]
 
@@ -36,8 +36,7 @@ def operator(model, idx):
     T, W = len(idx), model.model.embed_tokens.weight
     n, found = W.size(1), []
     parts = torch.eye(T * n).to(W).view(1, T, n, T * n).mT      # every entry of every token apart
-    for _, linear in frozen(model, idx[None]):
-        parts = linear(parts)                                   # [1, T, T * n_embd, n_embd]
+    for _, parts, _ in carried(model, idx[None], parts):        # [1, T, T * n_embd, n_embd]
         found.append(parts[0].mT.unflatten(-1, (T, n)))
     return found
 
