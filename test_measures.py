@@ -24,13 +24,6 @@ def make_rows(n, T=128, K=5, seed=0, min_run=16, repeats=False, merged=0):
     return torch.from_numpy(data_synth.draw_topics(rng, lengths, K, repeats).astype(int)).clamp(min=merged)
 
 KINDS = [dict(), dict(repeats=True), dict(merged=1)]
-VOCAB = 512
-
-def draw_tokens(z, own, seed=0):
-    """Tokens [n, T]: any, whatever the topic, but a share `own` from the topic's own fifth of the vocabulary."""
-    rng = np.random.default_rng(seed)
-    of_topic = z.numpy() * (VOCAB // 5) + rng.integers(VOCAB // 5, size=z.shape)
-    return torch.from_numpy(np.where(rng.random(z.shape) < own, of_topic, rng.integers(VOCAB, size=z.shape)))
 
 def normalise(weight):
     weight = weight.tril().double()
@@ -56,11 +49,6 @@ def run_heads(z):
     before = (gap == 1) + own * (run == 0)[:, :, None]
     return torch.stack([normalise(w) for w in (own, 0.3 ** gap, before)], 1)
 
-def token_heads(x, affinity):
-    """Log weights affinity [H, V, V] of key token on query token x [B, T], on a decay of 64 -> [B, H, T, T]."""
-    weight = affinity.double().exp()[:, x[:, :, None], x[:, None, :]]          # [H, B, T, T]
-    return normalise(weight.transpose(0, 1) * (-distances(x.shape[1]) / 64).exp())
-
 def topic_heads(z):
     """All of the topic; in other runs only (or self); +.1, +.3 log-odds on a decay of 64; -.9 [B, 5, T, T]."""
     run, _ = M.runs(z)
@@ -74,19 +62,16 @@ def topic_heads(z):
 def causal(z):
     return torch.ones(z.shape[1], z.shape[1]).tril().bool()
 
-def streamed(heads, *rows, batch=4):
-    """attention_sums of patterns heads(*rows), batch by batch; rows: topics z [n, T], what else heads read."""
+def streamed(heads, z, batch=4):
+    """attention_sums of patterns heads(z), batch by batch."""
     total = None
-    for part in zip(*(r.split(batch) for r in rows)):
-        total = M.add(total, M.attention_sums(heads(*part), part[0], causal(part[0])))
+    for part in z.split(batch):
+        total = M.add(total, M.attention_sums(heads(part), part, causal(part)))
     return total
 
 def measured(sums, draws=10):
     """All measures of the heads, without the last, uniform attention."""
     return {name: x[:-1].numpy() for name, x in M.head_measures(sums, draws, seed=0).items()}
-
-# -----------------------------------------------------------------------------
-# slow, independent versions
 
 def slow_by_query(A, z, allowed):
     """All but P and O of one head, A [n, T, T]; scipy's entropy normalises, over an axis."""
@@ -157,9 +142,6 @@ def test_every_measure_equals_the_slow_version(kind, keys):
     for name, value in slow_by_query(np.broadcast_to(u, (24, 40, 40)), z, allowed).items():
         assert uniform[name][-1].item() == pytest.approx(value, rel=1e-12, nan_ok=True), name
 
-# -----------------------------------------------------------------------------
-# P and O: what they find and what they leave alone
-
 def gated(A, gate):
     """Patterns A [B, H, T, T] times gate [B, 1 or H, T], the rest of the mass on the sink."""
     A = A * gate[..., None]
@@ -195,44 +177,21 @@ def test_p_of_planted_topic_heads():
     assert past == pytest.approx(P[3], abs=0.02)
 
 @pytest.mark.parametrize('repeats', [False, True])
-def test_topic_blind_heads_leave_o_alone(repeats):
-    """Boundaries move P, not O. A taste for tokens moves neither; for equal ones, if tokens tell the topic."""
-    z = make_rows(400, T=256, min_run=32, seed=2, repeats=repeats)
-    taste = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(2))
-    affinity = torch.stack((taste, 4 * torch.eye(VOCAB)))                      # a random table; equal tokens
-    def heads(z, blind, telling):
-        return torch.cat((run_heads(z), token_heads(blind, affinity), token_heads(telling, affinity)), 1)
-    out = measured(streamed(heads, z, draw_tokens(z, 0), draw_tokens(z, 0.5)), 1000)
-    P, O, oz = (out[k] for k in ('score_p', 'score_o', 'o_z'))
-    assert P[0] > 4 and 0.2 < P[1] < 0.6 and P[2] < -0.4         # own, leaking, before
-    assert (np.abs(P[3:6]) < 0.01).all() and (np.abs(O[3:6]) < 0.01).all()     # tastes; tokens that do not tell
-    assert (np.abs(oz[:6]) < 3).all() and (np.abs(O[:6]) < 0.04).all()
-    assert oz[0] == 0 and oz[2] == 0                             # they reach no run but one
-    assert oz[6] > 4 and P[6] > 0.02 and O[6] > 0.02
-
-@pytest.mark.parametrize('kind', KINDS)
-def test_topical_heads_are_found(kind):
-    out = measured(streamed(topic_heads, make_rows(400, T=256, min_run=32, seed=4, **kind)), 1000)
-    P, O, z = out['score_p'], out['score_o'], out['o_z']
-    assert (z[:4] > 4).all() and z[4] < -4 and (out['o_p'] < 0.005).all()
-    assert P[0] > 4 and O[0] > 4 and P[1] > 2 and O[1] > 4 and P[4] < -0.3 and O[4] < -0.3
-    assert 0.03 < P[2] < 0.1 and 0.05 < O[2] < 0.12 and 0.1 < P[3] < 0.3 and 0.15 < O[3] < 0.35
-
-@pytest.mark.parametrize('repeats', [False, True])
 def test_null_is_calibrated(repeats):
-    """300 draws of 60 rows, run and token heads: p uniform for each."""
-    rows = make_rows(300 * 60, T=48, min_run=6, seed=7, repeats=repeats)
-    tokens = draw_tokens(rows, 0), draw_tokens(rows, 0.5)
-    affinity = 1.5 * torch.randn(1, VOCAB, VOCAB, generator=torch.Generator().manual_seed(7))
-    found = []
-    for draw, (z, *seen) in enumerate(zip(*(r.split(60) for r in (rows, *tokens)))):
-        A = torch.cat((run_heads(z)[:, 1:], *(token_heads(x, affinity) for x in seen)), 1)
+    """300 draws of 60 rows, a head that leaks over boundaries and one of noise: p uniform. Topical heads are found."""
+    g, found = torch.Generator().manual_seed(7), []
+    for draw, z in enumerate(make_rows(300 * 60, T=48, min_run=6, seed=7, repeats=repeats).split(60)):
+        noise = normalise(torch.randn(60, 1, 48, 48, generator=g).exp())
+        A = torch.cat((run_heads(z)[:, 1:], noise), 1)
         score, p = M.o_null(M.attention_sums(A, z, causal(z), min_distance=4), 199, seed=draw)
         assert p[1] == 1                                         # the run before reaches no other: sd is rounding
-        found.append((score[[0, 2, 3]], p[[0, 2, 3]]))
-    for score, p in np.array(found).transpose(2, 1, 0):          # three heads, [300] each
-        assert stats.kstest(p, 'uniform').pvalue > 0.01 / 3
+        found.append((score[[0, 2]], p[[0, 2]]))
+    for score, p in np.array(found).transpose(2, 1, 0):          # two heads, [300] each
+        assert stats.kstest(p, 'uniform').pvalue > 0.01 / 2
         assert abs(score.mean()) < 0.2 and abs(score.std() - 1) < 0.2
+    out = measured(streamed(topic_heads, make_rows(400, T=256, min_run=32, seed=4, repeats=repeats)), 1000)
+    assert (out['o_z'][:4] > 4).all() and out['o_z'][4] < -4 and (out['o_p'] < 0.005).all()
+    assert (out['score_p'][[0, 1]] > 2).all() and (out['score_o'][[0, 1]] > 4).all() and (out['score_o'][2:4] > 0.05).all()
 
 def test_batches_add_up_and_inputs_are_left_alone():
     z = make_rows(45, seed=8)
@@ -306,9 +265,6 @@ def test_cka_is_that_of_gram_matrices():
     K, L = (H @ (x @ x.mT) @ H for x in (X, Y))
     assert M.cka(X, Y) == pytest.approx(((K * L).sum() / (K.norm() * L.norm())).item(), rel=1e-4) and M.cka(X, Y) < 0.9
     assert M.cka(X, 3 * X @ torch.linalg.qr(torch.randn(8, 8, generator=g)).Q + 7) == pytest.approx(1, abs=1e-5)
-
-# -----------------------------------------------------------------------------
-# probes and circuits
 
 @pytest.mark.parametrize('n_rows, max_tokens', [(11, 60), (4, 10 ** 6)])
 def test_probe_tokens_share_no_row(n_rows, max_tokens):
