@@ -125,31 +125,25 @@ def test_shares_equal_brute_force():
     assert found['projection_others']['value'][0] is None and rows.all()       # the embedding: only the token itself
     assert sum(v is not None for name in NAMES for v in found[name]['value']) >= 9
 
-def planted(topical, reads_topic=False):
-    """One layer, no positions, no MLP; topic = token // 10 is in entries 0-3 of the embedding, noise that adds up to
-    0 in the others. topical: attention on the own topic, else uniform. reads_topic: values carry entries 0-3 too."""
+def planted():
+    """One layer of uniform attention, no positions, no MLP; topic = token // 10 is in entries 0-3 of the embedding,
+    noise that adds up to 0 in the others; values carry both."""
     model = Qwen3(40, 128, n_layer=1, n_head=1, n_kv_head=1, n_embd=20, head_dim=20, mlp_hidden=8, rope=False)
     model.double().requires_grad_(False)
     for p in model.parameters():
         p.fill_(float(p.ndim == 1))
-    attn, noise = model.model.layers[0].self_attn, torch.randn(4, 10, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4, 10, 16, generator=torch.Generator().manual_seed(0))
     noise = (noise - noise.mean(1, keepdim=True)).flatten(0, 1)
     model.model.embed_tokens.weight.copy_(torch.cat([torch.eye(4).repeat_interleave(10, 0) * 2, noise], 1))
-    attn.v_proj.weight.copy_(torch.eye(20))
-    attn.v_proj.weight[:4] *= reads_topic
-    attn.o_proj.weight.copy_(torch.eye(20) * 3)
-    for proj in (attn.q_proj, attn.k_proj):
-        proj.weight[:4, :4] = torch.eye(4) * topical
+    for proj in (model.model.layers[0].self_attn.v_proj, model.model.layers[0].self_attn.o_proj):
+        proj.weight.copy_(torch.eye(20))
     return model
-
-def planted_rows(n=150):
-    z = make_rows(n, T=65, K=4, min_run=8, seed=3)              # 2-5 runs, all topics as likely
-    return z * 10 + torch.randint(0, 10, z.shape, generator=torch.Generator().manual_seed(2)), z[:, :-1]
 
 @pytest.mark.parametrize('share', (0.0095, 0.0105))
 def test_too_little_to_share_is_null(share):
     """Below a hundredth of the state. What it has of other tokens is all but linear in o_proj."""
-    model, (tokens, z) = planted(False, reads_topic=True), planted_rows(40)
+    model, z = planted(), make_rows(40, T=65, K=4, min_run=8, seed=3)
+    tokens, z = z * 10 + torch.randint(0, 10, z.shape, generator=torch.Generator().manual_seed(2)), z[:, :-1]
     for _ in range(7):
         _, (hidden, _, own), *_ = topic_parts(model, tokens[:, :-1], z[..., None], 4)
         others = ((hidden - own) * hidden).sum(2) / hidden.pow(2).sum(2)
@@ -158,22 +152,6 @@ def test_too_little_to_share_is_null(share):
     assert others.item() == pytest.approx(share, rel=1e-3)
     lens = own_topic_shares(model, tokens, z, 4, 2, seed=0)
     assert (lens['projection_others']['value'][1] is None) == (share < 0.01) and lens['projection']['value'][1]
-
-def excess(model, tokens, z):
-    """value - chance after the last layer, and its size in standard deviations of the draws, of both shares."""
-    found = own_topic_shares(model, tokens, z, 4, draws=12, seed=0)
-    last = [{key: values[-3] for key, values in found[name].items()} for name in NAMES]
-    return [(x['value'] - x['chance'], (x['value'] - x['chance']) / x['chance_sd']) for x in last]
-
-def test_planted_truth():
-    """Uniform attention is at chance, attention on the own topic above; but uniform attention that carries what
-    tokens tell of their topic is above as well: what fools it."""
-    rows = planted_rows()
-    for blind, topical in zip(excess(planted(False), *rows), excess(planted(True), *rows)):
-        assert abs(blind[0]) < 0.04 and abs(blind[1]) < 4
-        assert topical[0] > 0.05 and topical[1] > 8
-    difference, sd = excess(planted(False, reads_topic=True), *rows)[1]
-    assert difference > 0.05 and sd > 5
 
 def test_script(tmp_path):
     """It prints what own_topic_shares finds; the draws come from the run's seed; fp32 is precise enough."""
