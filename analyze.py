@@ -10,9 +10,9 @@ mask away, as the log's own analysis did, and writes the two columns that this g
 unmasked.json.
 """
 import base64
-import os
 import time
 import zlib
+from os.path import exists, getmtime
 from types import SimpleNamespace
 
 import numpy as np
@@ -85,7 +85,7 @@ def validation_rows(cfg, c, data, device):
         test=test,
         batches=torch.arange(n).split(size))
 
-def pass_over(model, rows, desc, allowed=None, causal=True):
+def pass_over(model, rows, allowed=None, causal=True):
     """
     One pass over the rows. Returns the hidden states at the probes' tokens, [L + 1][train, test] of [n, n_embd];
     the attention sums of each layer, of each group of rows [L][GROUPS], where the keys that each layer allows, [L] of
@@ -95,7 +95,7 @@ def pass_over(model, rows, desc, allowed=None, causal=True):
     states = [[] for _ in range(n_layer + 1)]
     sums = [[None] * GROUPS for _ in range(n_layer)]
     middle = []
-    for b in progress(rows.batches, desc=desc, leave=False):
+    for b in progress(rows.batches, desc='analyse', leave=False):
         for depth, (hidden, pattern) in enumerate(model.trace(rows.tokens[b], causal)):
             states[depth].append((hidden[rows.train[b]], hidden[rows.test[b]]))
             if depth == n_layer // 2:
@@ -116,7 +116,7 @@ def scores(sums, which):
     found = []
     for groups in sums:
         whole = measures.total([groups[g] for g in which])
-        found.append(torch.stack([measures.score_p(whole), measures.excess_mass(whole)]))
+        found.append(torch.stack(measures.score_p(whole)))
     return torch.stack(found, 1)[:, :, :-1]                 # the last head is uniform attention
 
 def row_errors(sums):
@@ -124,11 +124,9 @@ def row_errors(sums):
     Standard error over rows of P and of excess mass [2, L, H], by the jackknife that leaves out a group at a time
     (Efron & Tibshirani 1993, eq. 11.5).
     """
-    without = []
-    for g in range(GROUPS):
-        rest = [other for other in range(GROUPS) if other != g]
-        without.append(scores(sums, rest))
-    return torch.stack(without).std(0, correction=0) * (GROUPS - 1) ** 0.5
+    without = [scores(sums, [*range(g), *range(g + 1, GROUPS)]) for g in range(GROUPS)]
+    spread = torch.stack(without).std(0, correction=0)
+    return spread * (GROUPS - 1) ** 0.5
 
 def head_table(sums, draws, seed):
     """
@@ -146,7 +144,7 @@ def head_table(sums, draws, seed):
 def unmasked(run, model, rows):
     """What the log's own analysis saw, attention without the causal mask, beside uniform; into unmasked.json."""
     keys = torch.ones_like(model.allowed(0, rows.tokens.size(1)))
-    _, sums, _ = pass_over(model, rows, 'unmasked', [keys] * len(model.model.layers), causal=False)
+    _, sums, _ = pass_over(model, rows, [keys] * len(model.model.layers), causal=False)
     heads, uniform = head_table(sums, draws=1, seed=0)
     found = {'causal': False}
     for key, table in (('mean', heads), ('uniform', uniform)):
@@ -242,9 +240,11 @@ def bigram_references(rows, meta, keys):
         A = (torch.stack(weights, 1).double() + 1e-9) * far                    # [B, 1 or 2, T, T]
         A = (A / A.sum(-1, keepdim=True)).nan_to_num()                         # the first queries have no far keys
         sums = measures.add(sums, measures.attention_sums(A, rows.topics[b], keys))
+    P, _ = measures.score_p(sums)
+    O = measures.score_o(sums)
     found = {}
-    for name, P, O in zip(('equal', 'posterior'), measures.score_p(sums)[:-1], measures.score_o(sums)):
-        found[name] = {'score_p': P, 'score_o': O}          # the last P and O are those of uniform attention
+    for name, p, o in zip(('equal', 'posterior'), P[:-1], O):                  # the last is uniform attention
+        found[name] = {'score_p': p, 'score_o': o}
     return found
 
 def compare_states(run, other, device=''):
@@ -253,14 +253,15 @@ def compare_states(run, other, device=''):
     path = f'{run}/row.json'
     states = [f'{folder}/states.npy' for folder in (run, other)]
     row, theirs = runs.read_row(run), runs.read_row(other)
-    if not (row and theirs and all(map(os.path.exists, states))):
+    if not (row and theirs and all(map(exists, states))):
         return
-    newest = max(path, *states, key=os.path.getmtime)
+    newest = max(path, *states, key=getmtime)
     if theirs['condition'] in row['cka'] and newest == path:
         return
     device, *_ = machine(device)
-    X, Y = (torch.from_numpy(np.load(file)).to(device).flatten(0, 1) for file in states)      # [rows * T, n_embd]
-    row['cka'][theirs['condition']] = measures.cka(X, Y)
+    X, Y = (torch.from_numpy(np.load(file)).to(device) for file in states)
+    cka = measures.cka(X.flatten(0, 1), Y.flatten(0, 1))    # of [rows * T, n_embd]
+    row['cka'][theirs['condition']] = cka
     with runs.locked(run):
         runs.write_json(path, row)
 
@@ -296,8 +297,10 @@ def probe_table(c, rows, states, untrained, embedded, posterior):
         'majority': measures.majority(*topics),
         'token': measures.token_identity(*tokens, *topics, c['vocab_size'], c['n_topics'])}
 
-    distance = split(rows, measures.distance_from_boundary(rows.topics))[1].cpu()
-    by_distance = {'distance': measures.BINS, 'accuracy': measures.by_distance(right[-1], distance)}
+    distance = measures.distance_from_boundary(rows.topics)[rows.test].cpu()
+    by_distance = {
+        'distance': measures.BINS,
+        'accuracy': measures.by_distance(right[-1], distance)}
     if posterior is not None:
         belief = posterior[:len(rows.test), :-1][rows.test.cpu()]
         best = belief.argmax(-1) == topics[1].cpu().numpy()
@@ -326,10 +329,10 @@ def analyse(cfg):
 
     # ---- the model, and the same untrained, over the rows
     allowed = [model.allowed(layer, c['block_size']) for layer in range(c['n_layer'])]
-    states, sums, kept = pass_over(model, rows, f'analyse {os.path.relpath(cfg.run)}', allowed)
+    states, sums, kept = pass_over(model, rows, allowed)
     runs.write_array(f'{cfg.run}/states.npy', kept[:STATE_ROWS])
     fresh = build(c, torch.Generator().manual_seed(c['seed'])).to(device)
-    untrained, *_ = pass_over(fresh, rows, 'untrained')
+    untrained, *_ = pass_over(fresh, rows)
     attention = attention_columns(model, fresh, sums, cfg.null_draws, c['seed'])
 
     # ---- probes, and the operator by topic
@@ -340,7 +343,7 @@ def analyse(cfg):
     # ---- the row comes last: it says that all is done
     shown = example(model, rows, attention['heads']['score_p'])
     runs.write_json(f'{cfg.run}/example.json', shown)
-    references = NO_REFERENCES | (data.meta.get('references') or {})
+    references = NO_REFERENCES | data.meta.get('references', {})
     seconds = {'train': records[-1]['seconds'], 'analysis': time.time() - clock}
     row = runs.plain(runs.columns(c) | attention | {
         'main': runs.is_main(cfg.run),

@@ -36,11 +36,8 @@ class Setting(typing.NamedTuple):
 
 def source(path):
     """The text of a script beside this one, or of any file, with or without a byte order mark."""
-    try:
-        with open(join(_here, path), encoding='utf-8-sig') as f:
-            return f.read()
-    except FileNotFoundError:
-        raise SystemExit(f'{path}: no such file; a config is a Python file such as config/run1.py') from None
+    with open(join(_here, path), encoding='utf-8-sig') as f:
+        return f.read()
 
 @functools.cache
 def block(script):
@@ -116,8 +113,6 @@ def read_file(path):
     scratch = {}
     try:
         exec(compile(source(abspath(path)), path, 'exec'), scratch)
-    except SyntaxError as e:
-        raise SystemExit(f'{path}, line {e.lineno}: {e.msg}') from None
     except Exception as e:                                  # a missing file too
         raise SystemExit(f'{path}: {type(e).__name__}: {e}; a config is a Python file such as config/run1.py') from None
     own = scratch.get('data_script') or SCRIPTS[0]          # a data script of one's own has keys of its own

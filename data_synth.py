@@ -9,7 +9,7 @@ uniforms and sums the tables, the device only searches them.
 Run 1 (110K rows of 513, filter and references included): 56 s of one CPU core and 1.8 GiB.
 """
 import math
-import os
+from os.path import exists
 
 import numpy as np
 import torch
@@ -147,11 +147,6 @@ def draw_topics(rng, lengths, n_topics, repeats):
     return tokens.reshape(len(lengths), -1)
 
 
-def on_device(array, device):
-    """An array of integers as an int64 tensor."""
-    return torch.from_numpy(array.astype(np.int64)).to(device)
-
-
 def draw_tokens(rng, sums, row_of, first, topics):
     """
     Tokens uint16 [rows, length] for topics uint8 [rows, length]: the first uniform over first..V-1, each next one
@@ -160,7 +155,7 @@ def draw_tokens(rng, sums, row_of, first, topics):
     """
     device = sums.device
     V = len(row_of)
-    x = on_device(rng.integers(first, V, len(topics)), device)
+    x = torch.from_numpy(rng.integers(first, V, len(topics))).to(device)
     table = topics.T[1:] * float(sums.size(1))              # where a topic's table begins, fp64 [length - 1, rows]
     # 32 random bits, so that row + u is exact in fp64 and never rounds up into the next row
     u = rng.integers(0, 2**32, table.shape, np.uint32) * 2.0**-32
@@ -288,11 +283,10 @@ def observe(cfg, tokens, topics, tables):
     hazard = hazard_table(cfg.chain, cfg.block_size + 1, *VAL_SEGMENTS, cfg.min_segment_len)
     hazard = torch.from_numpy(hazard).to(device)
     prior = topic_given_token(tables)
-    tokens = on_device(tokens, device).split(256)           # rows whose state fits a cache
-    topics = on_device(topics, device).split(256)
     posteriors = []
     losses = []
-    for x, z in zip(tokens, topics):
+    for start in range(0, len(tokens), 256):                # rows whose state fits a cache
+        x, z = (torch.from_numpy(a[start:start + 256].astype(int)).to(device) for a in (tokens, topics))
         lik = likelihood(x, tables)                         # [S-1, B, T]
         bigram = (lik * prior[x[:, :-1].T]).sum(2)          # [S-1, B]
         filtered, posterior = bayes_filter(lik, hazard, cfg.repeats)
@@ -324,7 +318,7 @@ def check(cfg):
         raise SystemExit(f'vocab_size = {V}: {T} ranges and the special tokens need {N_SPECIAL + 2 * T}')
     if cfg.chain == 'group' and V % cfg.n_groups:
         raise SystemExit(f'n_groups = {cfg.n_groups} does not cut vocab_size = {V} into equal groups')
-    if os.path.exists(f'{cfg.data_dir}/meta.json'):
+    if exists(f'{cfg.data_dir}/meta.json'):
         raise SystemExit(f'{cfg.data_dir}: is a dataset itself; use it with --data_script= (empty)')
 
 
@@ -365,8 +359,7 @@ def make(cfg, folder, device):
         'val_posterior': posterior}
     meta |= {'references': references, 'reference_rows': min(cfg.eval_rows, cfg.val_rows)}
     shards.write(folder, arrays, meta)
-    print(f'{folder}: {cfg.train_rows:,} training and {cfg.val_rows:,} validation rows of {cfg.block_size + 1} tokens')
-    print('  nats a token: ' + ', '.join(f'{key} {loss:.4f}' for key, loss in references.items()))
+    print(f'{folder}, nats a token:', *[f'{key} {loss:.4f}' for key, loss in references.items()])
 
 
 if __name__ == '__main__':

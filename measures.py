@@ -9,8 +9,8 @@ Batches of rows go through attention_sums -> add -> head_measures, in fp64: a he
 scores P = 0 to rounding. H heads come back as H + 1: the last is uniform attention, the level of chance. Rows are
 the unit of every error: the tokens of a row share a few runs, so errors per token are far too small.
 """
-import functools
 import os
+from functools import reduce
 from types import SimpleNamespace
 
 os.environ['SCIPY_ARRAY_API'] = '1'         # scikit-learn asks for it before it takes tensors
@@ -23,7 +23,6 @@ from sklearn import config_context
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 from torch.distributions import Categorical
 
 VERSION = 2                                 # raise it when a definition changes; rows say which made them
@@ -131,7 +130,7 @@ def add(total, part):
 
 def total(parts):
     """The sums of several batches of rows together."""
-    return functools.reduce(add, parts)
+    return reduce(add, parts)
 
 # -----------------------------------------------------------------------------
 # attention: measures
@@ -144,37 +143,25 @@ def log_ratio(same, other, uniform):
     same, other = ((1 - EPS) * mass.clamp(min=0) + EPS * uniform for mass in (same, other))
     return (same / other).log()
 
-def matched_mass(sums):
-    """
-    X1 and X0, each [H]: mass on pairs that share a topic and that do not, weighted to be alike in position and in
-    the mass that the query has to give.
-
-    X1 = sum S1 W0/W, X0 = sum S0 W1/W, sums over the pairs (t, s) of attention_sums; S0 = S - S1, W0 = W - W1.
-    Terms with W = 0 are 0.
-    """
-    same = (sums['W1'] / sums['W']).nan_to_num()                      # [H, T, T]
-    X1 = sums['S1'] * (1 - same)
-    X0 = (sums['S'] - sums['S1']) * same
-    return X1.sum((1, 2)), X0.sum((1, 2))
-
 def score_p(sums):
     """
-    Position-matched score P [H]: topic or contiguity. 0 for a head that depends on position alone, also where the
-    query decides how much of its mass goes far: A_r(t, s) = w_r(t) k(t, s) on the pairs.
+    Position-matched score P and excess mass, each [H]. P: topic or contiguity. Both are 0 for a head that depends on
+    position alone, also where the query decides how much of its mass goes far: A_r(t, s) = w_r(t) k(t, s) on the pairs.
 
-    P = ln [(1-eps) X1 + eps U] / [(1-eps) X0 + eps U], X of matched_mass, U = sum n1 n0/n uniform(t, s); in n1 of
-    the n rows t and s share a topic, in n0 they do not. nan if no pair is both.
+    X1 = sum S1 W0/W and X0 = sum S0 W1/W, S0 = S - S1, W0 = W - W1, over the pairs (t, s) of attention_sums: the mass
+    on pairs that share a topic and that do not, weighted to be alike in position and in the mass that the query has
+    to give. Terms with W = 0 are 0. U = sum n1 n0/n uniform(t, s): in n1 of the n rows t and s share a topic, in n0
+    they do not. P = ln [(1-eps) X1 + eps U] / [(1-eps) X0 + eps U], nan if no pair is both. Excess mass: X1 - X0, per
+    query, how much of its attention P is about.
     """
-    n = len(sums['z'])
+    same = (sums['W1'] / sums['W']).nan_to_num()                      # [H, T, T]
+    X1 = (sums['S1'] * (1 - same)).sum((1, 2))
+    X0 = ((sums['S'] - sums['S1']) * same).sum((1, 2))
+    z = torch.stack(sums['z'])
+    n = len(z)
     n1 = sums['n1']
     U = sums['S'][-1] / n * n1 * (n - n1) / n
-    return log_ratio(*matched_mass(sums), U.sum())
-
-def excess_mass(sums):
-    """How much of its attention a head's P is about [H]: X1 - X0 of matched_mass, per query."""
-    X1, X0 = matched_mass(sums)
-    n = torch.stack(sums['z']).numel()
-    return (X1 - X0) / n
+    return log_ratio(X1, X0, U.sum()), (X1 - X0) / z.numel()
 
 def reliability(P):
     """
@@ -275,6 +262,7 @@ def head_measures(sums, draws, seed):
     score_o, o_z, o_p; draws, seed: of o_null.
     """
     n = torch.stack(sums['z']).numel()                                # queries
+    P, excess_mass = score_p(sums)
     z, p = o_null(sums, draws, seed)
     return {
         'entropy': sums['entropy'] / n,
@@ -285,8 +273,8 @@ def head_measures(sums, draws, seed):
         'within_cross_ratio': share(sums['choice_within'], sums['cross'], n),
         'sink': sums['sink'] / n,
         'self': sums['self'] / n,
-        'score_p': score_p(sums),
-        'excess_mass': excess_mass(sums),
+        'score_p': P,
+        'excess_mass': excess_mass,
         'score_o': score_o(sums),
         'o_z': z,
         'o_p': p
@@ -334,7 +322,7 @@ def probe(x_train, y_train, x_test):
     if len(y_train.unique()) == 1:
         return y_train[0].expand(len(x_test))
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=15_000))
-    with config_context(array_api_dispatch=True), threadpool_limits(1, 'blas'):       # scipy's would hinder torch's
+    with config_context(array_api_dispatch=True):
         return regression.fit(x_train, y_train).predict(x_test)
 
 def running_mean(x, window=32):

@@ -12,9 +12,9 @@ import base64
 import io
 import os
 import textwrap
-import types
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 os.environ['MPLBACKEND'] = 'Agg'                            # write files, needs no display: set before the import
@@ -26,7 +26,7 @@ from PIL import Image
 import report
 import runs
 from configurator import command
-from report import names, pick
+from report import names, part, pick
 
 plt.rcParams.update({
     'font.size': 9, 'axes.titlesize': 9, 'xtick.labelsize': 7, 'lines.markersize': 4, 'legend.frameon': False,
@@ -58,15 +58,15 @@ def load(folder):
     note = f'n = {len(names(main, "seed"))}'
     if len(arms) > len(colour):
         note += f', the first {len(colour)} of {len(arms)} arms'
-    return types.SimpleNamespace(folder=folder, header=header, shown=shown, main=main, colour=colour, note=note)
+    return SimpleNamespace(folder=folder, header=header, shown=shown, main=main, colour=colour, note=note)
 
 def having(rows, path):
     """The rows with that part, 'heads.score_p'."""
-    return [row for row in rows if report.part(row, path) is not None]
+    return [row for row in rows if part(row, path) is not None]
 
 def over_seeds(rows, path):
     """That part of every row that has it, [n, ...]; NaN where it holds null."""
-    return np.array([report.part(row, path) for row in having(rows, path)], float)
+    return np.array([part(row, path) for row in having(rows, path)], float)
 
 # -----------------------------------------------------------------------------
 # drawing
@@ -271,7 +271,7 @@ def draw_line(ax, line, rows, colour):
     ax.plot(y.T, color=colour, alpha=0.2)
     ax.plot(y.mean(0), 'o-', color=colour, label=rows[0]['arm'])
     x = range(y.shape[1])
-    ax.set_xticks(x, report.part(rows[0], line.ticks) or x)
+    ax.set_xticks(x, part(rows[0], line.ticks) or x)
     for (name, path), style in zip(line.references.items(), STYLES):
         level = over_seeds(rows, path)
         if len(level):
@@ -362,7 +362,7 @@ def png(figure, dpi):
     file, small = io.BytesIO(), io.BytesIO()
     figure.savefig(file, dpi=dpi)
     plt.close(figure)
-    Image.open(file).convert('RGB').quantize(255, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
+    Image.open(file).convert('RGB').quantize(255).save(small, 'PNG', optimize=True)
     return small.getvalue()
 
 def main(cfg):

@@ -399,7 +399,7 @@ def open_rows(folder):
     if not rows:                                            # trained, not yet analysed: that has losses at least
         rows = [row_of_log(run) for run in row_folders(folder, 'ckpt.pt')]     # a checkpoint comes after a loss
         if not rows:
-            raise SystemExit(f'{folder}: holds no row.json and no runs.jsonl; give an experiment folder such as out/demo')
+            raise SystemExit(f'{folder}: holds no row.json and no runs.jsonl; give a folder of runs such as out/demo')
         header = make_header(folder, rows, None)
     return header, rows
 

@@ -12,7 +12,7 @@ Your own labelled tokens become a dataset with
 import hashlib
 import os
 import shutil
-from os.path import basename, exists, getsize, isfile, lexists
+from os.path import exists, getsize, isfile, lexists
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,7 +41,7 @@ def write_array(path, array, dtype):
             if dtype != np.float16:
                 largest = np.iinfo(dtype).max
                 if rows.dtype.kind not in 'iu' or rows.min() < 0 or rows.max() > largest:
-                    raise SystemExit(f'{basename(path)} must hold integers from 0 to {largest}')
+                    raise SystemExit(f'{path}: must hold integers from 0 to {largest}')
             f.write(np.ascontiguousarray(rows, dtype))
 
 
@@ -95,7 +95,7 @@ def read(folder):
     which is missing, truncated or out of bounds.
     """
     meta = read_meta(folder)
-    files = {**meta.get('files', {}), **meta.get('extra', {})}
+    files = meta.get('files', {}) | meta.get('extra', {})
     for name, entry in files.items():
         path = f'{folder}/{name}'
         if not isfile(path) or getsize(path) != entry['bytes']:

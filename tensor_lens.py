@@ -90,11 +90,6 @@ def topic_parts(model, idx, labels, n_topics):
     for hidden, parts, own in carried(model, idx, parts):
         yield hidden, parts.unflatten(2, (-1, n_topics)), own[:, :, 0]
 
-def readout(model):
-    """Rows that read logits off the final norm, less their mean over the vocabulary, which softmax does not see."""
-    W = model.model.embed_tokens.weight.detach()
-    return W - W.mean(0)
-
 # -----------------------------------------------------------------------------
 # the share of a position's own topic
 
@@ -122,7 +117,8 @@ def row_sums(model, tokens, labels, n_topics):
         three = hidden, mine, own[0]
         against = hidden / hidden.pow(2).sum(1, keepdim=True)
         sums.append(share_sums(*three, against, counts))
-    against = readout(model)[tokens[1:]]
+    W = model.model.embed_tokens.weight
+    against = (W - W.mean(0))[tokens[1:]]                   # the mean over the vocabulary is nothing to softmax
     sums.append(share_sums(*three, against, counts))
     return torch.stack(sums)
 
@@ -160,9 +156,8 @@ def own_topic_shares(model, tokens, topics, n_topics, draws, seed):
 
 def first_rows(data, n, device):
     """Tokens [n, T + 1] and topics [n, T] of the first validation rows, int64 on the device."""
-    tokens = torch.tensor(data.val[:n].astype(int), device=device)
-    topics = torch.tensor(data.val_topics[:n, :-1].astype(int), device=device)
-    return tokens, topics
+    tokens, topics = (torch.tensor(x[:n].astype(int), device=device) for x in (data.val, data.val_topics))
+    return tokens, topics[:, :-1]
 
 def of_run(cfg, c, model, data, device):
     """own_topic_shares of a run with config c, on the first validation rows."""
@@ -170,13 +165,12 @@ def of_run(cfg, c, model, data, device):
     return own_topic_shares(model, tokens, topics, c['n_topics'], cfg.lens_draws, c['seed'])
 
 def main(cfg):
-    """Takes a run apart, prints the shares and returns them; analyze.py has them in the row of the run."""
+    """Takes a run apart and prints the shares; analyze.py has them in the row of the run."""
     lens = of_run(cfg, *open_finished(cfg.run, cfg.device))
     print(f'{cfg.run}: the share of the own topic in the embedding, after every layer, in the final norm and the logit')
     for name, levels in lens.items():
         for key, values in levels.items():
             print(f'  {name} {key}:', *[runs.show(x, '.3f') for x in values])
-    return lens
 
 if __name__ == '__main__':
     command(main, __file__)

@@ -11,7 +11,7 @@ import runs
 import shards
 import tensor_lens
 from model import Qwen3, load
-from tensor_lens import carried, own_topic_shares, readout, topic_parts
+from tensor_lens import carried, own_topic_shares, topic_parts
 from test_measures import make_rows
 from test_model import fork, tiny
 from test_train import TINY, run
@@ -95,7 +95,8 @@ def test_exchange_of_labels():
 def brute_force(model, idx, labels):
     """Both shares at every depth by loops over T, {name: [5 + 1]}, nan where undefined; labels [rows, T]."""
     T, hidden = [operator(model, row[:-1]) for row in idx], states(model, idx[:, :-1])
-    embed, read, found = model.model.embed_tokens, readout(model), {name: [] for name in NAMES}
+    embed, found = model.model.embed_tokens, {name: [] for name in NAMES}
+    read = embed.weight - embed.weight.mean(0)
     for depth in range(6):
         at, sums = min(depth, 4), np.zeros(5)
         for (b, label), i in itertools.product(enumerate(labels), range(labels.shape[1])):
