@@ -74,8 +74,8 @@ def validation_rows(cfg, c, data, device):
     if not n:
         raise SystemExit(f'analyze.py: {len(data.val)} validation rows; at least {GROUPS} are needed')
     tokens, topics = tensor_lens.first_rows(data, n, device)
-    generator = torch.Generator().manual_seed(c['seed'])
-    train, test = measures.probe_tokens(n, T, cfg.probe_tokens, generator).to(device)
+    masks = measures.probe_tokens(n, T, cfg.probe_tokens, torch.Generator().manual_seed(c['seed']))
+    train, test = masks.to(device)
     memory = 4 << 30 if device.type == 'cuda' else 256 << 20
     size = GROUPS * max(1, memory // (GROUPS * c['n_head'] * T * T * 40))      # patterns in fp64, several copies
     return SimpleNamespace(

@@ -41,25 +41,22 @@ def source(path):
 
 @functools.cache
 def block(script):
-    """{key: Setting} of a script, read from its source without importing it. The type of a default
-    is the type a value must have; a key that may also be None is annotated: `n_kv_head: int = None`."""
-    keys = {}
-    scratch = {}
-    lines = source(script).splitlines()
-    for node in ast.parse('\n'.join(lines)).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+    """
+    {key: Setting} of a script, read from its source without importing it: its top-level assignments, a line each. The
+    type of a default is the type a value must have; a key that may also be None is annotated: `n_kv_head: int = None`.
+    """
+    keys, scratch = {}, {}
+    for line in source(script).splitlines():
+        if line.startswith(('def ', 'class ', '@')):
             break
-        text = ast.unparse(node)
-        setting = re.match(r'([a-z][a-z0-9_]*)(?:: (\w+))? = ', text)
+        setting = re.match(r'([a-z][a-z0-9_]*)(?:: (\w+))? = (.+?) *(?:# (.*))?$', line)
         if not setting:
             continue
-        key, annotation = setting.groups()
-        exec(text, scratch)
-        value = scratch[key]
-        kind = eval(annotation, scratch) if annotation else type(value)
+        key, annotation, text, comment = setting.groups('')
+        scratch[key] = value = eval(text, scratch)
+        kind = eval(annotation) if annotation else type(value)
         if kind is tuple:
             kind = type(value[0])
-        _, _, comment = lines[node.lineno - 1].partition('# ')
         interval = re.search(r'[\[(]-?[\d.]+, (?:[\d.e*]+|inf)[\])]$', comment)
         keys[key] = Setting(value, kind, interval[0] if interval else '', comment, bool(annotation))
     return keys
@@ -204,10 +201,9 @@ def be_patient():
 def command(main, script, **options):
     """Run main with the config of the command line; whatever the environment does is told in one line."""
     be_patient()
-    name = basename(script)
     try:
         main(configure(script, **options))
     except OSError as e:
-        raise SystemExit(f'{name}: {e.filename or "a file"}: {e.strerror or e}') from None
+        raise SystemExit(f'{basename(script)}: {e.filename or "a file"}: {e.strerror or e}') from None
     except KeyboardInterrupt:
-        raise SystemExit(f'{name}: stopped; the same command goes on') from None
+        raise SystemExit(f'{basename(script)}: stopped; the same command goes on') from None

@@ -303,7 +303,7 @@ def observe(cfg, tokens, topics, tables):
 
 def check(cfg):
     """Stops with one line at the first setting that cannot work."""
-    V, T, row = cfg.vocab_size, cfg.n_topics, cfg.block_size + 1
+    T, row = cfg.n_topics, cfg.block_size + 1
     if cfg.max_segments < cfg.min_segments:
         raise SystemExit(f'max_segments = {cfg.max_segments}: must be at least min_segments = {cfg.min_segments}')
     if T == 1 and not cfg.repeats:
@@ -314,10 +314,10 @@ def check(cfg):
                          f'block_size + 1 = {row} tokens (validation rows have up to {VAL_SEGMENTS[1]}); lower it')
     if cfg.chain not in ('range', 'group'):
         raise SystemExit(f'chain = {cfg.chain!r}: choose range or group')
-    if cfg.chain == 'range' and V < N_SPECIAL + 2 * T:
-        raise SystemExit(f'vocab_size = {V}: {T} ranges and the special tokens need {N_SPECIAL + 2 * T}')
-    if cfg.chain == 'group' and V % cfg.n_groups:
-        raise SystemExit(f'n_groups = {cfg.n_groups} does not cut vocab_size = {V} into equal groups')
+    if cfg.chain == 'range' and cfg.vocab_size < N_SPECIAL + 2 * T:
+        raise SystemExit(f'vocab_size = {cfg.vocab_size}: {T} ranges and the special tokens need {N_SPECIAL + 2 * T}')
+    if cfg.chain == 'group' and cfg.vocab_size % cfg.n_groups:
+        raise SystemExit(f'n_groups = {cfg.n_groups} does not cut vocab_size = {cfg.vocab_size} into equal groups')
     if exists(f'{cfg.data_dir}/meta.json'):
         raise SystemExit(f'{cfg.data_dir}: is a dataset itself; use it with --data_script= (empty)')
 
@@ -331,7 +331,7 @@ def parameters(cfg):
 def main(cfg):
     """Writes data_dir/seed<seed> unless it is there with the same parameters; returns the folder."""
     check(cfg)
-    device, _, _ = machine(cfg.device)
+    device, *_ = machine(cfg.device)
     folder = f'{cfg.data_dir}/seed{cfg.seed}'
     with locked(folder):
         make(cfg, folder, device)

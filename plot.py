@@ -73,8 +73,8 @@ def over_seeds(rows, path):
 
 def canvas(exp, headline, caption, shape, height, **grid):
     """A figure of shape (rows, columns) of panels, `height` inches a row, its headline and how to read it."""
-    size = (11, 1 + shape[0] * height)
-    fig, axes = plt.subplots(*shape, figsize=size, layout='constrained', squeeze=False, **grid)
+    fig, axes = plt.subplots(*shape, layout='constrained', squeeze=False, **grid)
+    fig.set_size_inches(11, 1 + shape[0] * height)
     fig.suptitle(f'{exp.header["experiment"]}: {headline}', x=0.01, ha='left', weight='bold')
     fig.supxlabel(textwrap.fill(caption, 150), x=0.01, ha='left', size=9, color=GREY)
     return fig, axes

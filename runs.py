@@ -191,8 +191,7 @@ def columns(config):
 
 def run_folder(out_dir, config):
     """Where a trained run goes: <out_dir>/<condition>/seed<k>."""
-    name = columns(config)['condition']
-    return f'{out_dir}/{name}/seed{config["seed"]}'
+    return f'{out_dir}/{columns(config)["condition"]}/seed{config["seed"]}'
 
 def recal_folder(parent, keep_rope, further=None):
     """

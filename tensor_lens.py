@@ -140,8 +140,7 @@ def own_topic_shares(model, tokens, topics, n_topics, draws, seed):
     Returns {'projection', 'projection_others'}, each with 'value', 'chance', 'chance_sd' by depth: of the embedding,
     after every layer, of the final norm, of the logit.
     """
-    generator = torch.Generator().manual_seed(seed)
-    labels, exchanged = measures.exchanged(topics, draws, generator)
+    labels, exchanged = measures.exchanged(topics, draws, torch.Generator().manual_seed(seed))
     labels = torch.cat([topics[None], labels])              # [1 + draws, n, T]
     sums = torch.zeros(len(model.model.layers) + 3, 3, 1 + draws).double()
     for row in exchanged.nonzero()[:, 0]:                   # one at a time: its parts are many

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 import measures
-import runs
 import shards
-import tensor_lens
 from model import Qwen3, load
 from tensor_lens import carried, own_topic_shares, topic_parts
 from test_measures import make_rows
@@ -173,10 +171,3 @@ def test_script(tmp_path):
     assert said[0] == '1.000'
     for shown, value in zip(said, found['projection']['value'], strict=True):
         assert shown == '—' if value is None else abs(float(shown) - value) < 1e-3
-
-@pytest.mark.filterwarnings('error')
-def test_no_choice():
-    """Rows of one topic each: no position has a choice, so every share is null."""
-    model, idx, z = case(T=11)
-    lens = own_topic_shares(model, idx, z[:, :1].expand(3, 10), 3, draws=2, seed=0)
-    assert all(lens[name][key] == [None] * 6 for name in NAMES for key in ('value', 'chance', 'chance_sd'))

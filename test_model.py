@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import export_hf
-from configurator import configure
 from model import build, causal_bias
-from train import Muon, split_parameters
+from train import Muon
 
 SHAPES = {                  # n_head, n_kv_head, n_embd, head_dim, rope_theta
     'mha': (4, 4, 32, 8, 1e6), 'gqa 2:1': (4, 2, 32, 8, 1e6), 'gqa 3:1': (6, 2, 48, 8, 1e6),
@@ -70,25 +69,11 @@ def test_positions_are_in_one_place():
         assert not model.stock_positions()
 
 @pytest.mark.parametrize('rope', (True, False))
-def test_patterns_are_causal(rope):
-    """Later tokens move no earlier row of a pattern; without RoPE, attention to equal tokens is uniform."""
+def test_equal_tokens_are_attended_to_alike_without_rope(rope):
     model, idx = tiny('gqa 2:1', rope)
-    changed, t = idx.clone(), 40
-    changed[:, t:] = (changed[:, t:] + 1) % 50
-    for (x, a), (y, b) in zip(model.trace(idx), model.trace(changed)):
-        assert torch.equal(x[:, :t], y[:, :t]) and not torch.equal(x[:, t:], y[:, t:])
-        assert a is None or torch.equal(a[:, :, :t], b[:, :, :t]) and not a.triu(1).any()
-    a, b = (list(model.trace(i, causal=False))[1][1] for i in (idx, changed))
-    assert not torch.equal(a[:, :, :t], b[:, :, :t])        # without the mask the same check fails
     uniform = torch.ones(64, 64).tril() / torch.arange(1, 65)[:, None]
     for _, pattern in list(model.trace(torch.full_like(idx, 7)))[1:]:
         assert (pattern - uniform).abs().max() > 1e-3 if rope else (pattern - uniform).abs().max() < 1e-6
-
-def test_run_1_has_27_4_million_parameters():
-    with torch.device('meta'):
-        model = build(vars(configure('train.py', [])) | dict(vocab_size=4096, block_size=512, n_kv_head=8))
-    matrices, others = split_parameters(model)
-    assert sum(p.numel() for p in matrices + others) == 27_403_776 and len(matrices) == 8 * 7
 
 def test_muon_is_torch_muon():
     """Five steps, tall, wide and square, with decay and a changing rate: momentum to the bit, weights to rounding."""
