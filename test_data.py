@@ -162,7 +162,6 @@ def test_references(tmp_path, chain):
     x, z, full = data.val[:80].astype(int), data.val_topics[:80].astype(int), tables[:, row_of]
     p = full[:, x[:, :-1], x[:, 1:]]                                        # [T, 80, 63]
     assert loss['oracle'] == pytest.approx(-np.log(np.take_along_axis(p, z[None, :, 1:], 0)).mean(), abs=1e-6)
-    # stationary: the rows of a high power
     frequency = np.stack([np.linalg.matrix_power(m[3:, 3:] if chain == 'range' else m, 64)[0] for m in full])
     post = (frequency / frequency.sum(0))[:, x[:, :-1] - 3 * (chain == 'range')]
     assert loss['bigram'] == pytest.approx(-np.log((post * p).sum(0)).mean(), abs=1e-5)
@@ -221,8 +220,7 @@ def test_own_tokens(tmp_path):
         assert data.train.dtype == np.uint16 and data.val_topics.dtype == np.uint8
     (tmp_path / 'x/tokenizer.json').write_text('{"other": 1}')
     refused('tokenizer.json: missing, or not the 2 bytes', shards.read, tmp_path / 'x')
-    says = {'val_topics.bin': 'val_topics.bin: missing', 'meta.json': 'python data_synth.py config/'}
-    for name, line in says.items():
+    for name, line in (('val_topics.bin', 'val_topics.bin: missing'), ('meta.json', 'python data_synth.py config/')):
         os.remove(tmp_path / 'y' / name)
         refused(line, shards.read, tmp_path / 'y')
 
@@ -235,8 +233,7 @@ def test_own_tokens(tmp_path):
     (dict(train=OWN['train'].ravel()), "cannot write 'train' of shape (30,)"),
     (dict(val=OWN['val'][:0], val_topics=OWN['val'][:0]), 'val.bin: has 0 bytes'),
     (dict(val_posterior=np.zeros((2, 5, 3))), 'val_posterior.bin: has 60 bytes, not whole rows of [5, 2] float16'),
-    # of what is there already
-    (('train.bin', bytes(59)), 'train.bin: missing, or not the 60 bytes'),
+    (('train.bin', bytes(59)), 'train.bin: missing, or not the 60 bytes'),      # of a dataset that is there
     (('val.bin', b'\x0a\0' * 10), 'val.bin: holds 10, but meta.json has vocab_size = 10'),
     (('meta.json', b'{"vocab_size": 10'), 'meta.json: cannot be read as JSON'),
     (('meta.json', b'[1]'), 'meta.json: needs vocab_size'),

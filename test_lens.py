@@ -14,7 +14,6 @@ from test_measures import make_rows
 from test_model import fork, tiny
 from test_train import TINY, run
 
-torch.set_num_threads(1)                                        # small tensors: more threads only wait
 CASES = [*itertools.product(('mha', 'gqa 2:1', 'gqa 3:1'), (True, False)), ('gqa 2:1', 'fork')]
 
 def case(shape='gqa 2:1', rope=True, T=8):
@@ -168,6 +167,5 @@ def test_script(tmp_path):
     assert model.model.layers[0].mlp.up_proj.weight.std() > 0.1                # it has trained, 0.02 at init
     found = own_topic_shares(model, idx, torch.from_numpy(z[:16, :-1]), 4, 5, seed=0)
     said = done.stdout.split('projection value: ')[1].split('\n')[0].split()
-    assert said[0] == '1.000'
     for shown, value in zip(said, found['projection']['value'], strict=True):
         assert shown == '—' if value is None else abs(float(shown) - value) < 1e-3
