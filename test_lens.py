@@ -124,8 +124,7 @@ def test_shares_equal_brute_force():
     assert sum(v is not None for name in NAMES for v in found[name]['value']) >= 9
 
 def planted():
-    """One layer of uniform attention, no positions, no MLP; topic = token // 10 is in entries 0-3 of the embedding,
-    noise that adds up to 0 in the others; values carry both."""
+    """One layer of uniform attention; topic = token // 10 is in entries 0-3 of the embedding, noise in the others."""
     model = Qwen3(40, 128, n_layer=1, n_head=1, n_kv_head=1, n_embd=20, head_dim=20, mlp_hidden=8, rope=False)
     model.double().requires_grad_(False)
     for p in model.parameters():
