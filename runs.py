@@ -139,7 +139,7 @@ def arm_settings(arm, n_head):
     What the name of an arm stands for: 'gqa_topic_c4_cd20' -> {n_kv_head, order, cycles, cooldown, repeat, rope} of
     train.py and `pure`, whether its training rows have one segment each. Stops with one line at any other name.
     """
-    ends = '|'.join(POSITIONS.keys() - {'rope'})            # which goes without saying
+    ends = '|'.join(POSITIONS)
     name = re.fullmatch(rf'(mha|gqa)_([a-z]\w*?)(?:_ordered|_c(\d+))?(?:_cd(\d+))?(_pure)?(_rerun)?(?:_({ends}))?', arm)
     if not name:
         raise SystemExit(f'arms: {arm!r} is not of the form {ARM_NAMES}')
@@ -151,7 +151,7 @@ def arm_settings(arm, n_head):
         'pure': bool(pure),
         'repeat': int(bool(rerun))}
     again = arm_name(settings | {'attention': attention})
-    if positions:
+    if positions and positions != 'rope':                   # which goes without saying
         again = condition(again, positions)
     if arm != again:                                        # two names for one arm would be one folder
         raise SystemExit(f'arms: {arm!r} is {again!r} by its right name')
