@@ -18,8 +18,9 @@ import re
 import sys
 import types
 import typing
+from os.path import abspath, basename, dirname, expanduser, join
 
-_here = os.path.dirname(os.path.abspath(__file__))
+_here = dirname(abspath(__file__))
 SCRIPTS = ('prepare_wiki.py', 'data_synth.py', 'train.py', 'drope.py', 'analyze.py', 'tensor_lens.py', 'plot.py',
            'view.py', 'run_experiment.py')                  # of a key that two define an experiment has the later's
 
@@ -27,43 +28,37 @@ SCRIPTS = ('prepare_wiki.py', 'data_synth.py', 'train.py', 'drope.py', 'analyze.
 # the config block of a script
 
 class Setting(typing.NamedTuple):
-    default: object
-    kind: type              # that a value must have
+    default: object         # a tuple's default asks for a tuple
+    kind: type              # that a value must have, or every element of a tuple
     range: str              # of a number: '[0, 1)'; '' is any
+    comment: str = ''
+    optional: bool = False  # may be None
 
 def source(path):
     """The text of a script beside this one, or of any file, with or without a byte order mark."""
-    try:
-        with open(os.path.join(_here, path), encoding='utf-8-sig') as f:
-            return f.read()
-    except FileNotFoundError:
-        raise SystemExit(f'{path}: no such file; a config is a Python file such as config/run1.py') from None
+    with open(join(_here, path), encoding='utf-8-sig') as f:
+        return f.read()
 
 @functools.cache
 def block(script):
-    """{key: Setting} of a script, read from its source without importing it. The type of a default
-    is the type a value must have; a key that may also be None is annotated: `n_kv_head: int = None`."""
-    keys = {}
-    scratch = {}
-    whole = source(script)
-    lines = whole.splitlines()
-    for node in ast.parse(whole).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+    """
+    {key: Setting} of a script, read from its source without importing it: its top-level assignments, a line each. The
+    type of a default is the type a value must have; a key that may also be None is annotated: `n_kv_head: int = None`.
+    """
+    keys, scratch = {}, {}
+    for line in source(script).splitlines():
+        if line.startswith(('def ', 'class ', '@')):
             break
-        text = ast.unparse(node)
-        setting = re.match(r'([a-z][a-z0-9_]*)(?:: (\w+))? = ', text)
+        setting = re.match(r'([a-z][a-z0-9_]*)(?:: (\w+))? = (.+?) *(?:# (.*))?$', line)
         if not setting:
             continue
-        key, annotation = setting.groups()
-        exec(text, scratch)
-        value = scratch[key]
-        kind = type(value)
+        key, annotation, text, comment = setting.groups('')
+        scratch[key] = value = eval(text, scratch)
+        kind = eval(annotation) if annotation else type(value)
         if kind is tuple:
-            kind = tuple[type(value[0])]                    # all of a tuple's elements are of the first one's type
-        if annotation:
-            kind = typing.Optional[eval(annotation, scratch)]
-        interval = re.search(r'#.*([\[(]-?[\d.]+, (?:[\d.e*]+|inf)[\])])$', lines[node.lineno - 1])
-        keys[key] = Setting(value, kind, interval[1] if interval else '')
+            kind = type(value[0])
+        interval = re.search(r'[\[(]-?[\d.]+, (?:[\d.e*]+|inf)[\])]$', comment)
+        keys[key] = Setting(value, kind, interval[0] if interval else '', comment, bool(annotation))
     return keys
 
 def blocks(scripts):
@@ -82,27 +77,25 @@ def within(x, interval):
 
 def check(key, value, setting, where):
     """The value as the setting wants it, or one line that says what is wrong with it; ~ is the home folder."""
-    kind = setting.kind
-    optional = typing.get_origin(kind) is typing.Union
-    base = typing.get_args(kind)[0] if optional else kind
-    if value is None and optional:
+    if value is None and setting.optional:
         return None
-    if typing.get_origin(base) is tuple:                    # a scalar is a tuple of one; names may be 'a,b'
+    if isinstance(setting.default, tuple):                  # a scalar is a tuple of one; names may be 'a,b'
         if isinstance(value, str):
             value = value.split(',')
         values = value if isinstance(value, (tuple, list)) else (value,)
         if not values:
             raise SystemExit(f'{where}: {key} is empty; expected at least one value')
-        element = setting._replace(kind=typing.get_args(base)[0])
+        element = setting._replace(default=None)
         return tuple(check(key, v, element, where) for v in values)
-    if base is float and type(value) is int:
+    kind = setting.kind
+    if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not base:
+    if type(value) is not kind:
         raise SystemExit(f'{where}: {key} = {value!r} is a {type(value).__name__}; '
-                         f'expected {base.__name__}{" or none" if optional else ""}')
+                         f'expected {kind.__name__}{" or none" if setting.optional else ""}')
     if setting.range and not within(value, setting.range):
         raise SystemExit(f'{where}: {key} = {value!r} is not in {setting.range}')
-    return os.path.expanduser(value) if base is str else value
+    return expanduser(value) if kind is str else value
 
 def unknown(key, known, where):
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -116,9 +109,7 @@ def read_file(path):
     """The keys that a config file sets, each known to some script, as {key: value}."""
     scratch = {}
     try:
-        exec(compile(source(os.path.abspath(path)), path, 'exec'), scratch)
-    except SyntaxError as e:
-        raise SystemExit(f'{path}, line {e.lineno}: {e.msg}') from None
+        exec(compile(source(abspath(path)), path, 'exec'), scratch)
     except Exception as e:                                  # a missing file too
         raise SystemExit(f'{path}: {type(e).__name__}: {e}; a config is a Python file such as config/run1.py') from None
     own = scratch.get('data_script') or SCRIPTS[0]          # a data script of one's own has keys of its own
@@ -149,17 +140,18 @@ def configure(script, argv=None, positional=False, stages=()):
     stages: other scripts whose keys this one takes as well (run_experiment.py passes them on).
     cfg.overrides holds what files and flags have set, cfg.files the names of the files.
     """
-    name = os.path.basename(script)
+    name = basename(script)
     keys = blocks((*stages, name))
     argv = sys.argv[1:] if argv is None else argv
     if '-h' in argv or '--help' in argv:
         print(ast.get_docstring(ast.parse(source(name))) or name, end='\n\n')
-        print_block(keys, (name, *stages))
+        for key, setting in blocks((*stages[::-1], name)).items():             # its own last: in sight
+            print(f'--{key}={setting.default!r}'.ljust(39), setting.comment)
         raise SystemExit(0)
 
-    files = [arg for arg in argv if arg.endswith('.py') and not arg.startswith('--')]
     flags = [arg for arg in argv if arg.startswith('--')]
-    paths = [os.path.expanduser(arg) for arg in argv if arg not in files + flags]
+    files = [arg for arg in argv if arg.endswith('.py') and arg not in flags]
+    paths = [expanduser(arg) for arg in argv if arg not in files + flags]
     if paths and not positional:
         raise SystemExit(f'{name}: {paths[0]!r} is neither a config file (.py) nor a --key=value flag')
 
@@ -171,26 +163,14 @@ def configure(script, argv=None, positional=False, stages=()):
         where = f'{name} {flag}'
         if key not in keys:
             unknown(key, keys, where)
-        kind = keys[key].kind
         if not eq:
             raise SystemExit(f'{where}: write {flag}=value')
-        value = parse(text)
-        if kind is str or (kind == typing.Optional[str] and value is not None):
-            value = text                                    # --run=123 names a folder, not a number
-        overrides[key] = check(key, value, keys[key], where)
+        setting = keys[key]
+        value = text if type(setting.default) is str else parse(text)          # --run=123 names a folder, not a number
+        overrides[key] = check(key, value, setting, where)
     # a file may have set keys of other scripts too
     values = {key: overrides.get(key, setting.default) for key, setting in keys.items()}
     return types.SimpleNamespace(**values, overrides=overrides, paths=paths, files=files)
-
-def print_block(keys, scripts):
-    """What may be set, with the comment in the first of the scripts that has it. keys: {key: Setting}."""
-    left = dict(keys)
-    for script in scripts:
-        for line in source(script).splitlines():
-            setting = re.match(r'(\w+)(?:: \w+)? = .*?(#.*)?$', line)
-            if setting and setting[1] in left:
-                default = left.pop(setting[1]).default
-                print(f'--{setting[1]}={default!r}'.ljust(39), setting[2] or '')
 
 # -----------------------------------------------------------------------------
 # a script as a person types it
@@ -222,10 +202,9 @@ def be_patient():
 def command(main, script, **options):
     """Run main with the config of the command line; whatever the environment does is told in one line."""
     be_patient()
-    name = os.path.basename(script)
     try:
         main(configure(script, **options))
     except OSError as e:
-        raise SystemExit(f'{name}: {e.filename or "a file"}: {e.strerror or e}') from None
+        raise SystemExit(f'{basename(script)}: {e.filename or "a file"}: {e.strerror or e}') from None
     except KeyboardInterrupt:
-        raise SystemExit(f'{name}: stopped; the same command goes on') from None
+        raise SystemExit(f'{basename(script)}: stopped; the same command goes on') from None

@@ -12,15 +12,15 @@ uniforms and sums the tables, the device only searches them.
 Run 1 (110K rows of 513, filter and references included): 56 s of one CPU core and 1.8 GiB.
 """
 import math
-import os
+from os.path import exists
 
 import numpy as np
 import torch
-from scipy.special import binom, gammaln, xlogy
+from scipy import stats
 
 import shards
 from configurator import block, command
-from machine import machine, progress
+from machine import machine
 from runs import locked
 
 # -----------------------------------------------------------------------------
@@ -81,12 +81,13 @@ def group_table(rng, z, cfg):
     return (table / size).repeat(size, axis=1).astype(np.float32)
 
 
-def make_tables(cfg, stream):
+def make_chains(cfg, device):
     """
-    tables fp32 [T, R, V], sums fp64 [T, R, V] and row_of int64 [V], the row of each previous token. sums holds
-    cumulative rows, the r-th of all T * R from r to exactly r + 1, so that one search serves them all.
-    stream: a SeedSequence, of which each topic gets a child.
+    tables fp32 [T, R, V], sums fp64 [T, R, V] and row_of int64 [V], the row of each previous token, on the device;
+    then the random streams of training and validation rows. sums holds cumulative rows, the r-th of all T * R from r to
+    exactly r + 1, so that one search serves them all.
     """
+    table_stream, *row_streams = np.random.SeedSequence(cfg.seed).spawn(3)
     token = np.arange(cfg.vocab_size)
     if cfg.chain == 'range':
         make = range_table
@@ -94,13 +95,14 @@ def make_tables(cfg, stream):
     else:
         make = group_table
         row_of = token // (cfg.vocab_size // cfg.n_groups)
-    seeds = stream.spawn(cfg.n_topics)
+    seeds = table_stream.spawn(cfg.n_topics)
     tables = np.stack([make(np.random.default_rng(seed), z, cfg) for z, seed in enumerate(seeds)])
     T, R, _ = tables.shape
     sums = tables.cumsum(2, dtype=np.float64)
     sums /= sums[:, :, -1:].copy()
     sums += np.arange(T * R).reshape(T, R, 1)
-    return tables, sums, row_of
+    made = [torch.from_numpy(array).to(device) for array in (tables, sums, row_of)]
+    return *made, *row_streams
 
 
 # -----------------------------------------------------------------------------
@@ -148,26 +150,20 @@ def draw_topics(rng, lengths, n_topics, repeats):
     return tokens.reshape(len(lengths), -1)
 
 
-def on_device(array, device):
-    """An array of integers as an int64 tensor."""
-    return torch.from_numpy(array.astype(np.int64)).to(device)
-
-
 def draw_tokens(rng, sums, row_of, first, topics):
     """
     Tokens uint16 [rows, length] for topics uint8 [rows, length]: the first uniform over first..V-1, each next one
-    drawn from the previous token by the table of its own topic. sums, row_of: of make_tables, as tensors of the
-    device that is to search them.
+    drawn from the previous token by the table of its own topic. sums, row_of: of make_chains, whose
+    device searches them.
     """
     device = sums.device
     V = len(row_of)
-    z = on_device(topics.T[1:], device)                     # [length - 1, rows]
-    x = on_device(rng.integers(first, V, len(topics)), device)
+    x = torch.from_numpy(rng.integers(first, V, len(topics))).to(device)
+    table = topics.T[1:] * float(sums.size(1))              # where a topic's table begins, fp64 [length - 1, rows]
     # 32 random bits, so that row + u is exact in fp64 and never rounds up into the next row
-    u = rng.integers(0, 2**32, z.shape, np.uint32) * 2.0**-32
-    u = torch.from_numpy(u).to(device)
+    u = rng.integers(0, 2**32, table.shape, np.uint32) * 2.0**-32
     tokens = [x]
-    for key in z * sums.size(1) + u:                        # position by position; a topic's table begins at z * R
+    for key in torch.from_numpy(table + u).to(device):      # position by position
         key = key + row_of[x]
         x = torch.searchsorted(sums.view(-1), key, right=True) - key.long() * V
         tokens.append(x)
@@ -184,7 +180,7 @@ def draw_rows(cfg, stream, rows, segments, sums, row_of):
     topics = draw_topics(rng, lengths, cfg.n_topics, cfg.repeats)
     first = N_SPECIAL if cfg.chain == 'range' else 0
     tokens = []
-    for start in progress(range(0, rows, DRAW_ROWS), desc='rows', unit='block'):
+    for start in range(0, rows, DRAW_ROWS):
         rng = np.random.default_rng(*stream.spawn(1))
         tokens.append(draw_tokens(rng, sums, row_of, first, topics[start:start + DRAW_ROWS]))
     return np.concatenate(tokens), topics
@@ -193,22 +189,13 @@ def draw_rows(cfg, stream, rows, segments, sums, row_of):
 # -----------------------------------------------------------------------------
 # ideal observers
 
-def multinomial_chance(before, own, after, k, n):
-    """P(of before + own + after tokens over n segments these fall to the first k, the next one and the others)."""
-    rest = n - k - 1
-    log_ways = gammaln(before + own + after + 1) - gammaln(before + 1) - gammaln(own + 1) - gammaln(after + 1)
-    return np.exp(log_ways + xlogy(before, k / n) + xlogy(own, 1 / n) + xlogy(after, rest / n))
-
-
-def composition_chance(before, own, after, k, n):
-    """As multinomial_chance, where every way to cut the tokens into n segments is as likely."""
-    ways = compositions(before, k) * compositions(after, n - k - 1)
-    return ways / compositions(before + own + after, n)
-
-
-def compositions(total, parts):
-    """The number of ways to write total as a sum of `parts` integers >= 0, in fp64."""
-    return binom(total + parts - 1, parts - 1) if parts else (total == 0) * 1.0
+def spread_chance(chain, tokens, segments):
+    """P(of all tokens of a row, tokens [.., 3] fall to so many of its segments [3]), as draw_segments spreads them."""
+    total = tokens[0].sum()
+    if chain == 'range':
+        return stats.multinomial.pmf(tokens, total, segments / segments.sum())
+    # uniform compositions: all weights 1; of no segments as good as 0, which scipy does not take
+    return stats.dirichlet_multinomial.pmf(tokens, np.maximum(segments, 1e-307), total)
 
 
 def hazard_table(chain, length, low, high, shortest):
@@ -216,17 +203,18 @@ def hazard_table(chain, length, low, high, shortest):
     H fp64 [length, length]: H[s, t] = P(token t begins a new segment | the last one began at s), by the prior of
     draw_segments: a mixture over the number n of segments and over which of them, k, began at s.
     """
-    chance = multinomial_chance if chain == 'range' else composition_chance
     joint = np.zeros((length, length + 1))  # P(some segment is [s, e)); e = length: it is the last
     for n in range(low, high + 1):
         rest = length - n * shortest
         spare = np.arange(rest + 1)
         # tokens beyond the minima: of the segments before k, of k itself, of those after k
         before, own = np.nonzero(spare[:, None] + spare <= rest)
+        tokens = np.stack([before, own, rest - before - own], axis=1)
         for k in range(n):
             start = k * shortest + before
             end = start + shortest + own
-            joint[start, end] += chance(before, own, rest - before - own, k, n) / (high - low + 1)
+            chance = spread_chance(chain, tokens, np.array([k, 1, n - k - 1]))
+            joint[start, end] += chance / (high - low + 1)
     alive = joint[:, ::-1].cumsum(1)[:, ::-1]               # P(a segment begins at s and ends at t or later)
     return (joint / np.maximum(alive, 1e-300))[:, :length]
 
@@ -298,30 +286,27 @@ def observe(cfg, tokens, topics, tables):
     hazard = hazard_table(cfg.chain, cfg.block_size + 1, *VAL_SEGMENTS, cfg.min_segment_len)
     hazard = torch.from_numpy(hazard).to(device)
     prior = topic_given_token(tables)
-    size = 256 if device.type == 'cpu' else 4096            # rows whose state fits a cache
-    tokens = on_device(tokens, device).split(size)
-    topics = on_device(topics, device).split(size)
     posteriors = []
     losses = []
-    for x, z in zip(progress(tokens, desc='filter', unit='block'), topics):
+    for start in range(0, len(tokens), 256):                # rows whose state fits a cache
+        x, z = (torch.from_numpy(a[start:start + 256].astype(int)).to(device) for a in (tokens, topics))
         lik = likelihood(x, tables)                         # [S-1, B, T]
         bigram = (lik * prior[x[:, :-1].T]).sum(2)          # [S-1, B]
         filtered, posterior = bayes_filter(lik, hazard, cfg.repeats)
         oracle = lik.gather(2, z.T[1:, :, None]).squeeze(2)
         p = torch.stack([bigram, filtered, oracle], 2)
-        losses.append(-p.log().mean(0).cpu().numpy())
-        posteriors.append(posterior.transpose(0, 1).half().cpu().numpy())
-    losses = np.concatenate(losses)[:cfg.eval_rows]
-    bigram, filtered, oracle = losses.mean(0).tolist()
-    references = {'uniform': math.log(cfg.vocab_size), 'bigram': bigram, 'filter': filtered, 'oracle': oracle}
-    return np.concatenate(posteriors), references
+        losses.append(-p.log().mean(0).cpu())
+        posteriors.append(posterior.transpose(0, 1).half().cpu())
+    losses = torch.cat(losses)[:cfg.eval_rows].numpy().mean(0).tolist()
+    references = {'uniform': math.log(cfg.vocab_size)} | dict(zip(('bigram', 'filter', 'oracle'), losses))
+    return torch.cat(posteriors).numpy(), references
 
 
 # -----------------------------------------------------------------------------
 
 def check(cfg):
     """Stops with one line at the first setting that cannot work."""
-    V, T, row = cfg.vocab_size, cfg.n_topics, cfg.block_size + 1
+    T, row = cfg.n_topics, cfg.block_size + 1
     if cfg.max_segments < cfg.min_segments:
         raise SystemExit(f'max_segments = {cfg.max_segments}: must be at least min_segments = {cfg.min_segments}')
     if T == 1 and not cfg.repeats:
@@ -332,11 +317,11 @@ def check(cfg):
                          f'block_size + 1 = {row} tokens (validation rows have up to {VAL_SEGMENTS[1]}); lower it')
     if cfg.chain not in ('range', 'group'):
         raise SystemExit(f'chain = {cfg.chain!r}: choose range or group')
-    if cfg.chain == 'range' and V < N_SPECIAL + 2 * T:
-        raise SystemExit(f'vocab_size = {V}: {T} ranges and the special tokens need {N_SPECIAL + 2 * T}')
-    if cfg.chain == 'group' and V % cfg.n_groups:
-        raise SystemExit(f'n_groups = {cfg.n_groups} does not cut vocab_size = {V} into equal groups')
-    if os.path.exists(os.path.join(cfg.data_dir, 'meta.json')):
+    if cfg.chain == 'range' and cfg.vocab_size < N_SPECIAL + 2 * T:
+        raise SystemExit(f'vocab_size = {cfg.vocab_size}: {T} ranges and the special tokens need {N_SPECIAL + 2 * T}')
+    if cfg.chain == 'group' and cfg.vocab_size % cfg.n_groups:
+        raise SystemExit(f'n_groups = {cfg.n_groups} does not cut vocab_size = {cfg.vocab_size} into equal groups')
+    if exists(f'{cfg.data_dir}/meta.json'):
         raise SystemExit(f'{cfg.data_dir}: is a dataset itself; use it with --data_script= (empty)')
 
 
@@ -349,8 +334,8 @@ def parameters(cfg):
 def main(cfg):
     """Writes data_dir/seed<seed> unless it is there with the same parameters; returns the folder."""
     check(cfg)
-    device, _, _ = machine(cfg.device)
-    folder = os.path.join(cfg.data_dir, f'seed{cfg.seed}')
+    device, *_ = machine(cfg.device)
+    folder = f'{cfg.data_dir}/seed{cfg.seed}'
     with locked(folder):
         make(cfg, folder, device)
     return folder
@@ -362,8 +347,7 @@ def make(cfg, folder, device):
         print(f'{folder} is there, with these parameters')
         return
 
-    table_stream, train_stream, val_stream = np.random.SeedSequence(cfg.seed).spawn(3)
-    tables, sums, row_of = (torch.from_numpy(a).to(device) for a in make_tables(cfg, table_stream))
+    tables, sums, row_of, train_stream, val_stream = make_chains(cfg, device)
     segments = cfg.min_segments, cfg.max_segments
     train, train_topics = draw_rows(cfg, train_stream, cfg.train_rows, segments, sums, row_of)
     val, val_topics = draw_rows(cfg, val_stream, cfg.val_rows, VAL_SEGMENTS, sums, row_of)
@@ -378,8 +362,7 @@ def make(cfg, folder, device):
         'val_posterior': posterior}
     meta |= {'references': references, 'reference_rows': min(cfg.eval_rows, cfg.val_rows)}
     shards.write(folder, arrays, meta)
-    print(f'{folder}: {cfg.train_rows:,} training and {cfg.val_rows:,} validation rows of {cfg.block_size + 1} tokens')
-    print('  nats a token: ' + ', '.join(f'{key} {loss:.4f}' for key, loss in references.items()))
+    print(f'{folder}, nats a token:', *[f'{key} {loss:.4f}' for key, loss in references.items()])
 
 
 if __name__ == '__main__':

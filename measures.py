@@ -9,15 +9,20 @@ Batches of rows go through attention_sums -> add -> head_measures, in fp64: a he
 scores P = 0 to rounding. H heads come back as H + 1: the last is uniform attention, the level of chance. Rows are
 the unit of every error: the tokens of a row share a few runs, so errors per token are far too small.
 """
-import functools
+import os
+from functools import reduce
 from types import SimpleNamespace
+
+os.environ['SCIPY_ARRAY_API'] = '1'         # scikit-learn asks for it before it takes tensors
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
 from scipy.stats import binned_statistic
-from threadpoolctl import threadpool_limits
+from sklearn import config_context
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch.distributions import Categorical
 
 VERSION = 2                                 # raise it when a definition changes; rows say which made them
@@ -125,7 +130,7 @@ def add(total, part):
 
 def total(parts):
     """The sums of several batches of rows together."""
-    return functools.reduce(add, parts)
+    return reduce(add, parts)
 
 # -----------------------------------------------------------------------------
 # attention: measures
@@ -138,37 +143,25 @@ def log_ratio(same, other, uniform):
     same, other = ((1 - EPS) * mass.clamp(min=0) + EPS * uniform for mass in (same, other))
     return (same / other).log()
 
-def matched_mass(sums):
-    """
-    X1 and X0, each [H]: mass on pairs that share a topic and that do not, weighted to be alike in position and in
-    the mass that the query has to give.
-
-    X1 = sum S1 W0/W, X0 = sum S0 W1/W, sums over the pairs (t, s) of attention_sums; S0 = S - S1, W0 = W - W1.
-    Terms with W = 0 are 0.
-    """
-    same = (sums['W1'] / sums['W']).nan_to_num()                      # [H, T, T]
-    X1 = sums['S1'] * (1 - same)
-    X0 = (sums['S'] - sums['S1']) * same
-    return X1.sum((1, 2)), X0.sum((1, 2))
-
 def score_p(sums):
     """
-    Position-matched score P [H]: topic or contiguity. 0 for a head that depends on position alone, also where the
-    query decides how much of its mass goes far: A_r(t, s) = w_r(t) k(t, s) on the pairs.
+    Position-matched score P and excess mass, each [H]. P: topic or contiguity. Both are 0 for a head that depends on
+    position alone, also where the query decides how much of its mass goes far: A_r(t, s) = w_r(t) k(t, s) on the pairs.
 
-    P = ln [(1-eps) X1 + eps U] / [(1-eps) X0 + eps U], X of matched_mass, U = sum n1 n0/n uniform(t, s); in n1 of
-    the n rows t and s share a topic, in n0 they do not. nan if no pair is both.
+    X1 = sum S1 W0/W and X0 = sum S0 W1/W, S0 = S - S1, W0 = W - W1, over the pairs (t, s) of attention_sums: the mass
+    on pairs that share a topic and that do not, weighted to be alike in position and in the mass that the query has
+    to give. Terms with W = 0 are 0. U = sum n1 n0/n uniform(t, s): in n1 of the n rows t and s share a topic, in n0
+    they do not. P = ln [(1-eps) X1 + eps U] / [(1-eps) X0 + eps U], nan if no pair is both. Excess mass: X1 - X0, per
+    query, how much of its attention P is about.
     """
-    n = len(sums['z'])
+    same = (sums['W1'] / sums['W']).nan_to_num()                      # [H, T, T]
+    X1 = (sums['S1'] * (1 - same)).sum((1, 2))
+    X0 = ((sums['S'] - sums['S1']) * same).sum((1, 2))
+    z = torch.stack(sums['z'])
+    n = len(z)
     n1 = sums['n1']
     U = sums['S'][-1] / n * n1 * (n - n1) / n
-    return log_ratio(*matched_mass(sums), U.sum())
-
-def excess_mass(sums):
-    """How much of its attention a head's P is about [H]: X1 - X0 of matched_mass, per query."""
-    X1, X0 = matched_mass(sums)
-    n = torch.stack(sums['z']).numel()
-    return (X1 - X0) / n
+    return log_ratio(X1, X0, U.sum()), (X1 - X0) / z.numel()
 
 def reliability(P):
     """
@@ -269,6 +262,7 @@ def head_measures(sums, draws, seed):
     score_o, o_z, o_p; draws, seed: of o_null.
     """
     n = torch.stack(sums['z']).numel()                                # queries
+    P, excess_mass = score_p(sums)
     z, p = o_null(sums, draws, seed)
     return {
         'entropy': sums['entropy'] / n,
@@ -279,8 +273,8 @@ def head_measures(sums, draws, seed):
         'within_cross_ratio': share(sums['choice_within'], sums['cross'], n),
         'sink': sums['sink'] / n,
         'self': sums['self'] / n,
-        'score_p': score_p(sums),
-        'excess_mass': excess_mass(sums),
+        'score_p': P,
+        'excess_mass': excess_mass,
         'score_o': score_o(sums),
         'o_z': z,
         'o_p': p
@@ -318,41 +312,18 @@ def probe_tokens(n_rows, block, max_tokens, generator):
         mask[tokens[drawn[:max_tokens // 2]]] = True
     return masks.view(2, n_rows, block)
 
-def probe_loss(w, x, onehot):
-    """scikit-learn's objective at C = 1 and its gradient; flat w [K * (d + 1)], x [n, d + 1], onehot [n, K]."""
-    n, K = onehot.shape
-    w = torch.from_numpy(w).to(x).view(K, -1)
-    l2 = w / n
-    l2[:, -1] = 0                                                     # the intercepts are free
-    logp = (x @ w.mT).log_softmax(1)
-    loss = (w * l2).sum() / 2 - (logp * onehot).sum() / n
-    gradient = ((logp.exp() - onehot) / n).mT @ x + l2
-    return loss.item(), gradient.flatten().double().cpu().numpy()
-
 def probe(x_train, y_train, x_test):
     """
     The topics that a probe trained on activations x_train [n, d] and topics y_train [n] names for x_test.
 
-    Logistic regression on standardised activations: the objective and the solver of scikit-learn's
-    LogisticRegression (multinomial, L2), its products on x's device. gtol 1e-4 gives the converged accuracy to
-    0.1 points (25,000 x 512, 5 topics), 1e-3 up to a whole point less.
+    Scikit-learn's logistic regression on standardised activations, on their device. Its tolerance, 1e-4, gives the
+    converged accuracy to 0.1 points (25,000 x 512, 5 topics), 1e-3 up to a whole point less.
     """
-    topics, y = y_train.unique(return_inverse=True)                   # as 0..K-1
-    mean = x_train.mean(0)
-    sd = x_train.std(0, correction=0)
-    sd = torch.where(sd > 1e-6 * mean.abs(), sd, 1.)                  # constant but for rounding
-    x, x_test = (F.pad((x - mean) / sd, (0, 1), value=1.) for x in (x_train, x_test))      # [n, d + 1]
-    onehot = F.one_hot(y).to(x)
-    start = np.zeros(len(topics) * x.shape[1])
-    options = {
-        'maxls': 50,
-        'gtol': 1e-4,
-        'ftol': 64 * np.finfo(float).eps
-    }
-    with threadpool_limits(1, 'blas'):                                # scipy's would get in torch's way
-        found = minimize(probe_loss, start, (x, onehot), 'L-BFGS-B', jac=True, options=options)
-    W = torch.from_numpy(found.x).to(x).view(len(topics), -1)         # [K, d + 1], the intercept last
-    return topics[(x_test @ W.mT).argmax(1)]
+    if len(y_train.unique()) == 1:
+        return y_train[0].expand(len(x_test))
+    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=15_000))
+    with config_context(array_api_dispatch=True):
+        return regression.fit(x_train, y_train).predict(x_test)
 
 def running_mean(x, window=32):
     """
@@ -377,28 +348,27 @@ def control_labels(vocab, n_topics, seed):
 
 def majority(y_train, y_test):
     """Accuracy of always naming the most frequent training topic."""
-    return float((y_test == np.bincount(y_train).argmax()).mean())
+    return (y_test == y_train.bincount().argmax()).double().mean()
 
-def token_identity(x_train, y_train, x_test, y_test, vocab):
+def token_identity(x_train, x_test, y_train, y_test, vocab, n_topics):
     """
-    Accuracy of naming each token's most frequent training topic: tokens x [n] < vocab, topics y [n].
+    Accuracy of naming each token's most frequent training topic: tokens x [n] < vocab, topics y [n] < n_topics.
 
     It is what can be known without context. Unseen tokens, and ties, get the majority topic.
     """
-    counts = np.zeros((vocab, y_train.max() + 1))
-    np.add.at(counts, (x_train, y_train), 1)
-    tied = (counts == counts.max(1, keepdims=True)).sum(1) > 1        # an unseen token ties all topics
-    guess = np.where(tied, counts.sum(0).argmax(), counts.argmax(1))
-    return float((guess[x_test] == y_test).mean())
+    pairs = x_train * n_topics + y_train
+    counts = pairs.bincount(minlength=vocab * n_topics).view(vocab, n_topics)
+    tied = (counts == counts.amax(1, keepdim=True)).sum(1) > 1        # an unseen token ties all topics
+    guess = torch.where(tied, counts.sum(0).argmax(), counts.argmax(1))
+    return (guess[x_test] == y_test).double().mean()
 
 def by_distance(correct, distance):
     """
     Accuracy in bins 0, 1, 2-3, 4-7, ..., 128 and up of the distance from the last boundary (-1 is left out).
 
-    Arrays correct, distance [n] -> {'distance': lower edges, 'accuracy'}; nan where a bin is empty.
+    Arrays correct, distance [n] -> [bins]; nan where a bin is empty.
     """
-    accuracy = binned_statistic(distance, correct, bins=[*BINS, np.inf]).statistic
-    return {'distance': BINS, 'accuracy': accuracy}
+    return binned_statistic(distance, correct, bins=[*BINS, np.inf]).statistic
 
 # -----------------------------------------------------------------------------
 # circuits: weights are [out, in], as in Hugging Face; query head h reads kv head h // (H / K)

@@ -12,12 +12,12 @@ became of the positions. A new order or kind of positions needs nothing here: it
 of its own.
 """
 import base64
-import contextlib
 import io
 import os
 import textwrap
-import types
 import zlib
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 os.environ['MPLBACKEND'] = 'Agg'                            # write files, needs no display: set before the import
@@ -29,7 +29,7 @@ from PIL import Image
 import report
 import runs
 from configurator import command
-from report import names, pick
+from report import names, part, pick
 
 plt.rcParams.update({
     'font.size': 9, 'axes.titlesize': 9, 'xtick.labelsize': 7, 'lines.markersize': 4, 'legend.frameon': False,
@@ -61,23 +61,23 @@ def load(folder):
     note = f'n = {len(names(main, "seed"))}'
     if len(arms) > len(colour):
         note += f', the first {len(colour)} of {len(arms)} arms'
-    return types.SimpleNamespace(folder=folder, header=header, shown=shown, main=main, colour=colour, note=note)
+    return SimpleNamespace(folder=folder, header=header, shown=shown, main=main, colour=colour, note=note)
 
 def having(rows, path):
     """The rows with that part, 'heads.score_p'."""
-    return [row for row in rows if report.part(row, path) is not None]
+    return [row for row in rows if part(row, path) is not None]
 
 def over_seeds(rows, path):
     """That part of every row that has it, [n, ...]; NaN where it holds null."""
-    return np.array([report.part(row, path) for row in having(rows, path)], float)
+    return np.array([part(row, path) for row in having(rows, path)], float)
 
 # -----------------------------------------------------------------------------
 # drawing
 
 def canvas(exp, headline, caption, shape, height, **grid):
     """A figure of shape (rows, columns) of panels, `height` inches a row, its headline and how to read it."""
-    size = (11, 1 + shape[0] * height)
-    fig, axes = plt.subplots(*shape, figsize=size, layout='constrained', squeeze=False, **grid)
+    fig, axes = plt.subplots(*shape, layout='constrained', squeeze=False, **grid)
+    fig.set_size_inches(11, 1 + shape[0] * height)
     fig.suptitle(f'{exp.header["experiment"]}: {headline}', x=0.01, ha='left', weight='bold')
     fig.supxlabel(textwrap.fill(caption, 150), x=0.01, ha='left', size=9, color=GREY)
     return fig, axes
@@ -89,10 +89,6 @@ def legend(fig):
         handles, labels = ax.get_legend_handles_labels()
         found.update(zip(labels, handles))
     fig.legend(found.values(), found, loc='outside right upper')
-
-def look(exp, row):
-    """Colour and line of a row."""
-    return {'color': exp.colour[row['arm']], 'ls': LINES.get(row['positions'], (0, (1, 4)))}
 
 # -----------------------------------------------------------------------------
 # 1: losses
@@ -106,11 +102,13 @@ def plot_loss(exp):
         (1, 2), 4.2)
     for name in names(exp.main, 'condition'):
         rows = pick(exp.main, condition=name)
-        steps = np.array(rows[0]['curve']['step'])
+        row = rows[0]
+        steps = np.array(row['curve']['step'])
         loss = over_seeds(rows, 'curve.val_loss').mean(0)
         late = np.isfinite(loss) & (steps >= steps[-1] / 10)
-        ax = axes[0, 0 if rows[0]['recal_steps'] is None else 1]
-        ax.plot(steps[late], loss[late], **look(exp, rows[0]), label=f'{name} {loss[-1]:.3f}')
+        ax = axes[0, int(row['recal_steps'] is not None)]
+        line = LINES.get(row['positions'], (0, (1, 4)))
+        ax.plot(steps[late], loss[late], color=exp.colour[row['arm']], ls=line, label=f'{name} {loss[-1]:.3f}')
     for ax, title in zip(axes[0], ('training', 'recalibration')):
         ax.set(title=title, xlabel='steps', ylabel='loss (nats per token)', ylim=ax.get_ylim())
         for name, style in zip(exp.main[0]['references'], STYLES):
@@ -125,10 +123,10 @@ def plot_loss(exp):
 
 def plot_order(exp):
     """The order as the model saw it: the share of every dominant topic along training."""
-    rows = having(pick(exp.main, recal_steps=None), 'curve.topics')
+    rows = pick(exp.main, recal_steps=None)
     arms = names(rows, 'arm')
     if not arms:
-        return 'no training run counted the topics of its rows'
+        return 'no row of a training run'
     fig, axes = canvas(
         exp, f'order of the training rows (first seed of {exp.note})',
         'Share of every dominant topic (a colour) among the rows read since the point before. c4: four rounds; '
@@ -166,8 +164,8 @@ def plot_heads(exp):
         P = over_seeds(mine, 'heads.score_p').mean(0)       # [n_layer, n_head]
         ax = axes[arms.index(mine[0]['arm']), positions.index(mine[0]['positions'])]
         image = ax.imshow(P, cmap='PuOr_r', vmin=-1, vmax=1, aspect='auto')
-        mean = runs.plain(np.ma.masked_invalid(P).mean())
-        ax.set(title=f'{name} {runs.show(mean, "+.3f")}', xlabel='head', ylabel='layer')
+        mean = over_seeds(mine, 'mean.score_p').mean()
+        ax.set(title=f'{name} {mean:+.3f}', xlabel='head', ylabel='layer')
         ax.locator_params(integer=True)
     bar = fig.colorbar(image, ax=axes, label='P (log ratio)')
     for name, colour in (('equal', 'black'), ('posterior', GREY)):
@@ -179,7 +177,7 @@ def plot_heads(exp):
 
 def plot_maps(exp):
     """The most topical head of each condition on one validation row, before and after."""
-    examples = runs.read_json(os.path.join(exp.folder, 'examples.json')) or {}
+    examples = runs.read_json(f'{exp.folder}/examples.json') or {}
     shown = [name for name in names(exp.main, 'condition') if name in examples]
     if not shown:
         return 'examples.json has no attention maps of these runs'
@@ -276,7 +274,7 @@ def draw_line(ax, line, rows, colour):
     ax.plot(y.T, color=colour, alpha=0.2)
     ax.plot(y.mean(0), 'o-', color=colour, label=rows[0]['arm'])
     x = range(y.shape[1])
-    ax.set_xticks(x, report.part(rows[0], line.ticks) or x)
+    ax.set_xticks(x, part(rows[0], line.ticks) or x)
     for (name, path), style in zip(line.references.items(), STYLES):
         level = over_seeds(rows, path)
         if len(level):
@@ -367,7 +365,7 @@ def png(figure, dpi):
     file, small = io.BytesIO(), io.BytesIO()
     figure.savefig(file, dpi=dpi)
     plt.close(figure)
-    Image.open(file).convert('RGB').quantize(255, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
+    Image.open(file).convert('RGB').quantize(255).save(small, 'PNG', optimize=True)
     return small.getvalue()
 
 def main(cfg):
@@ -377,12 +375,12 @@ def main(cfg):
     exp = load(cfg.paths[0])
     paths = []
     for draw in FIGURES:
-        path = os.path.join(exp.folder, 'figures', draw.__name__.removeprefix('plot_') + '.png')
+        name = draw.__name__.removeprefix('plot_')
+        path = f'{exp.folder}/figures/{name}.png'
         figure = draw(exp)
         if isinstance(figure, str):
             print(f'{path} is not drawn: {figure}')
-            with contextlib.suppress(FileNotFoundError):    # of an earlier report
-                os.remove(path)
+            Path(path).unlink(missing_ok=True)              # of an earlier report
             continue
         for ax in figure.axes:
             ax.set_visible(ax.has_data())

@@ -7,7 +7,6 @@ is done when a row with its settings is there. runs.jsonl of an experiment holds
 {experiment, config, compare, device, versions} with the settings that all runs share, then a row a run with the
 settings in which it differs.
 """
-import contextlib
 import glob
 import gzip
 import io
@@ -15,6 +14,9 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager, suppress
+from os.path import abspath, basename, dirname, exists, getmtime, normpath
+from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -24,7 +26,7 @@ from configurator import SCRIPTS, blocks
 # -----------------------------------------------------------------------------
 # writing: all or nothing
 
-@contextlib.contextmanager
+@contextmanager
 def writing(path):
     """Stops with one line where a file or folder cannot be written: a full disk, no permission."""
     try:
@@ -32,29 +34,26 @@ def writing(path):
     except OSError as e:
         raise SystemExit(f'{path}: cannot be written ({e.strerror}); make room or choose another folder') from None
 
-@contextlib.contextmanager
+@contextmanager
 def locked(folder, rank=0, wait=False):
     """Keeps a folder in the making to this command, by its first process: another is refused in one line, or waits."""
     if rank:
         yield
         return
-    parent, name = os.path.split(os.path.abspath(folder))
+    parent, name = os.path.split(abspath(folder))
     with writing(folder):
         os.makedirs(parent, exist_ok=True)
-        lock = FileLock(os.path.join(parent, f'.{name}.lock'))
         try:
-            lock.acquire(blocking=wait)
+            held = FileLock(f'{parent}/.{name}.lock').acquire(blocking=wait)
         except Timeout:
             raise SystemExit(f'{folder}: another process is at work there; wait for it, or choose another') from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 def write_bytes(path, content):
     """Replace a file, atomically."""
     with writing(path):
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        os.makedirs(dirname(path) or '.', exist_ok=True)
         with open(path + '.tmp', 'wb') as f:
             f.write(content)
         os.replace(path + '.tmp', path)
@@ -93,13 +92,13 @@ def read_json(path, advice='delete it and run its stage again'):
     except (OSError, ValueError) as e:
         raise SystemExit(f'{path}: cannot be read as JSON ({e}); {advice}') from None
 
-@contextlib.contextmanager
+@contextmanager
 def new_folder(folder):
     """
     Fill a folder, all or nothing: yields the name of a temporary sibling, which is renamed at the end; a kill leaves
     NAME.tmp-<pid> for you to delete. Stops with one line if the folder exists or cannot be written.
     """
-    folder = os.path.abspath(folder)
+    folder = abspath(folder)
     if os.path.lexists(folder):
         raise SystemExit(f'{folder}: is there already; delete it first, or write to another folder')
     temporary = f'{folder}.tmp-{os.getpid()}'
@@ -118,7 +117,7 @@ def show(x, form):
 # -----------------------------------------------------------------------------
 # names: {attention}_{order}_{positions}, made here from the columns of a row and taken apart here
 
-# what a model can be trained with: settings of train.py
+# what a model can be trained with: settings of train.py; a new kind comes after those whose settings it shares
 POSITIONS = {'rope': {'rope': True}, 'nope': {'rope': False}}
 ARM_NAMES = ('{mha,gqa}_{shuffled,reshuffled,topic_ordered,topic_c<cycles>,pseudo,...}[_cd<percent>][_pure][_rerun]'
              f'[_{{{",".join(POSITIONS)}}}]')
@@ -150,7 +149,7 @@ def arm_settings(arm, n_head):
         'pure': bool(pure),
         'repeat': int(bool(rerun))}
     again = arm_name(settings | {'attention': attention})
-    if positions and positions != 'rope':
+    if positions and positions != 'rope':                   # which goes without saying
         again = condition(again, positions)
     if arm != again:                                        # two names for one arm would be one folder
         raise SystemExit(f'arms: {arm!r} is {again!r} by its right name')
@@ -169,9 +168,8 @@ def condition(arm, positions):
     return f'{arm}_{positions}'
 
 def positions_of(config):
-    """The name in POSITIONS of what a run's model is trained with: the one that says most of its settings."""
-    fitting = [name for name, settings in POSITIONS.items() if settings.items() <= config.items()]
-    return max(fitting, key=lambda name: len(POSITIONS[name]))
+    """The name in POSITIONS of what a run's model is trained with: the last whose settings the config has."""
+    return next(name for name in reversed(POSITIONS) if POSITIONS[name].items() <= config.items())
 
 def columns(config):
     """The columns that tell a run from the others of its experiment, from its config; `condition` is their name."""
@@ -191,7 +189,7 @@ def columns(config):
 
 def run_folder(out_dir, config):
     """Where a trained run goes: <out_dir>/<condition>/seed<k>."""
-    return os.path.join(out_dir, columns(config)['condition'], f'seed{config["seed"]}')
+    return f'{out_dir}/{columns(config)["condition"]}/seed{config["seed"]}'
 
 def recal_folder(parent, keep_rope, further=None):
     """
@@ -199,17 +197,18 @@ def recal_folder(parent, keep_rope, further=None):
     (or _kept), another layout such as out/mine gets out/mine_drope. further: steps of a length that is not the
     main one.
     """
-    arm, seed = os.path.split(os.path.normpath(parent))
-    kind = '_kept' if keep_rope else '_drope'
+    parent = normpath(parent)
+    kind = 'kept' if keep_rope else 'drope'
+    arm, seed = os.path.split(parent)
     if arm.endswith('_rope'):
-        folder = os.path.join(arm.removesuffix('_rope') + kind, seed)
+        folder = f'{arm.removesuffix("rope")}{kind}/{seed}'
     else:
-        folder = os.path.join(arm, seed) + kind
-    return folder if further is None else os.path.join(folder, f'recal_{further}')
+        folder = f'{parent}_{kind}'
+    return folder if further is None else f'{folder}/recal_{further}'
 
 def is_main(folder):
     """Whether a run is trained, or recalibrated for the main length: not in a further recal_<steps> folder."""
-    return not os.path.basename(os.path.normpath(folder)).startswith('recal_')
+    return not Path(folder).name.startswith('recal_')
 
 # -----------------------------------------------------------------------------
 # configs
@@ -227,62 +226,55 @@ def differences(config, there):
     """
     The keys, sorted, in which two configs describe different runs; a key that one lacks has its default there.
     """
-    default = defaults()
-    def value(settings, key):
-        return json.dumps(settings.get(key, default.get(key)))
+    ours, theirs = (defaults() | plain(settings) for settings in (config, there))
     keys = (config.keys() | there.keys()) - IDENTITY_FREE
     if None in (config.get('data_seed'), there.get('data_seed')):              # older, or of a dataset without a seed
         keys -= {'data_seed'}
-    return sorted(key for key in keys if value(config, key) != value(there, key))
+    return sorted(key for key in keys if ours.get(key) != theirs.get(key))
 
 def read_config(folder):
     """config.json of a run folder as a dict."""
-    path = os.path.join(folder, 'config.json')
+    path = f'{folder}/config.json'
     config = read_json(path, 'delete the folder and train again')
     if config is None:
-        raise SystemExit(f'{folder}: no run here (config.json is missing); train.py makes one')
+        raise SystemExit(f'{folder or "--run=FOLDER"}: no run here (config.json is missing); train.py makes one')
     if not isinstance(config, dict) or not NEEDED <= config.keys():
         raise SystemExit(f'{path}: not of one of our runs; train.py makes one')
     return config | {'data_dir': find_data(folder, config['data_dir'])}
 
 def find_data(folder, data_dir):
     """The dataset that a run's config names: as seen from here or else from the nearest folder above the run."""
-    above, found = os.path.abspath(folder), data_dir
-    while not os.path.exists(found):
-        if above == os.path.dirname(above):
-            return data_dir
-        above = os.path.dirname(above)
-        found = os.path.relpath(os.path.join(above, data_dir))
-    return found
+    if exists(data_dir):
+        return data_dir
+    for above in Path(folder).absolute().parents:
+        if (above / data_dir).exists():
+            return os.path.relpath(above / data_dir)
+    return data_dir
 
 def open_run(folder, config):
     """Write config.json into a new run folder, or check that the run already there has the same settings."""
-    path = os.path.join(folder, 'config.json')
-    if not os.path.exists(path):
+    path = f'{folder}/config.json'
+    if not exists(path):
         return write_json(path, config)
     there = read_config(folder)
-    differ = differences(config, there)
-    if differ:
-        key = differ[0]
-        more = f', and {len(differ) - 1} more' if differ[1:] else ''
+    for key in differences(config, there):
         raise SystemExit(f'{folder}: holds a run with other settings ({key} = {there.get(key)!r}, here '
-                         f'{config.get(key)!r}{more}); delete it or choose another --out_dir')
+                         f'{config.get(key)!r}); delete it or choose another --out_dir')
 
 def append_log(folder, record):
     """Add a record to log.jsonl of a run folder."""
-    path = os.path.join(folder, 'log.jsonl')
+    path = f'{folder}/log.jsonl'
     with writing(path), open(path, 'a', encoding='utf-8') as f:
         f.write(json.dumps(record) + '\n')
 
 def read_log(folder):
     """The lines of log.jsonl of a run folder that record a step, as dicts; [] where there are none yet."""
-    path = os.path.join(folder, 'log.jsonl')
+    path = f'{folder}/log.jsonl'
     records = []
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            for line in f:
-                with contextlib.suppress(ValueError):       # a kill may have cut the last line
-                    records.append(json.loads(line))
+    with suppress(FileNotFoundError), open(path, encoding='utf-8') as f:
+        for line in f:
+            with suppress(ValueError):                      # a kill may have cut the last line
+                records.append(json.loads(line))
     return [r for r in records if 'step' in r]
 
 def orderedness(records, key):
@@ -297,9 +289,9 @@ def orderedness(records, key):
     H = entropy(np.sum(counts, 0)) if counts else 0
     return mutual_info_score(None, None, contingency=np.array(counts)) / H if H else None
 
-def curve(records, points=100):
-    """The log in about so many points, every evaluation among them; topics are added up since the point before."""
-    stride = 1 + len(records) // points
+def curve(records):
+    """The log in about a hundred points, every evaluation among them; topics are added up since the point before."""
+    stride = 1 + len(records) // 100
     kept, topics = [], 0
     for i, record in enumerate(records):
         topics = topics + np.array(record['topics'])
@@ -316,10 +308,7 @@ def curve(records, points=100):
 
 def read_row(folder):
     """row.json of a run folder; None where the run is not done."""
-    path = os.path.join(folder, 'row.json')
-    row = read_json(path)
-    if row is not None and not (isinstance(row, dict) and {'condition', 'config', 'device'} <= row.keys()):
-        raise SystemExit(f'{path}: not a row of ours; delete it and run analyze.py again')
+    row = read_json(f'{folder}/row.json')
     return row and OLDER | row
 
 def key(row):
@@ -334,9 +323,9 @@ def read_rows(folder):
     (header, rows) of an experiment folder: from its runs.jsonl, or runs.jsonl.gz where that is published, with
     the whole config in every row. (None, []) where there is no such file.
     """
-    path = os.path.join(folder, 'runs.jsonl')
+    path = f'{folder}/runs.jsonl'
     opener = open
-    if not os.path.exists(path):
+    if not exists(path):
         path, opener = path + '.gz', gzip.open
     try:
         with opener(path, 'rt', encoding='utf-8') as f:
@@ -354,7 +343,7 @@ def dump_rows(header, rows):
     configs = [row['config'] for row in rows]
     shared = {k: v for k, v in configs[0].items() if all(k in c and c[k] == v for c in configs)}
     lines = [header | {'config': shared}]
-    for row in sorted(rows, key=key):
+    for row in rows:
         own = {k: v for k, v in row['config'].items() if k not in shared}
         lines.append(row | {'config': own})
     return ''.join(json.dumps(line, allow_nan=False) + '\n' for line in lines)
@@ -365,14 +354,14 @@ def gather(out_dir, folders=None, compare=None, place=''):
     and copy it to the folder `place`; returns (header, rows). compare: {'base', 'placebo', 'primary'} of the
     experiment, for report.py; none: as it was.
     """
-    with FileLock(os.path.join(out_dir, 'runs.jsonl.lock')):
-        rows = [row for row in map(read_row, folders or row_folders(out_dir)) if row]
-        rows.sort(key=key)
+    with FileLock(f'{out_dir}/runs.jsonl.lock'):
+        rows = filter(None, map(read_row, folders or row_folders(out_dir)))
+        rows = sorted(rows, key=key)
         if not rows:
             return None, []
         before, _ = read_rows(out_dir)
         header = make_header(out_dir, rows, compare or (before and before['compare']))
-        write_text(os.path.join(out_dir, 'runs.jsonl'), dump_rows(header, rows))
+        write_text(f'{out_dir}/runs.jsonl', dump_rows(header, rows))
         if place:
             publish_file(out_dir, place, 'runs.jsonl')
     return header, rows
@@ -380,15 +369,15 @@ def gather(out_dir, folders=None, compare=None, place=''):
 def make_header(out_dir, rows, compare):
     """The first line of runs.jsonl; compare: None is the block's."""
     return {
-        'experiment': os.path.basename(os.path.abspath(out_dir)),
+        'experiment': basename(abspath(out_dir)),
         'compare': compare or {k: defaults()[k] for k in ('base', 'placebo', 'primary')},
         'device': ' and '.join(dict.fromkeys(row['device'] for row in rows)),
         'versions': rows[0]['versions']}
 
 def row_folders(out_dir, name='row.json'):
     """The run folders below out_dir that have a row, or another file."""
-    paths = glob.glob(os.path.join(glob.escape(out_dir), '**', name), recursive=True)
-    return [os.path.dirname(path) for path in paths]
+    paths = glob.glob(f'{glob.escape(out_dir)}/**/{name}', recursive=True)
+    return [dirname(path) for path in paths]
 
 def row_of_log(folder):
     """What the log of a run tells before anything is measured, as a row."""
@@ -401,18 +390,16 @@ def row_of_log(folder):
 
 def open_rows(folder):
     """(header, rows) of an experiment folder, gathered anew where a run has a newer row; one line if there is none."""
-    if not os.path.isdir(folder):
-        raise SystemExit(f'{folder}: no such folder; give an experiment folder such as out/demo')
-    path = os.path.join(folder, 'runs.jsonl')
-    gathered = os.path.getmtime(path) if os.path.exists(path) else 0
-    if any(os.path.getmtime(os.path.join(run, 'row.json')) > gathered for run in row_folders(folder)):
+    path = f'{folder}/runs.jsonl'
+    gathered = getmtime(path) if exists(path) else 0
+    if any(getmtime(f'{run}/row.json') > gathered for run in row_folders(folder)):
         return gather(folder)
     header, rows = read_rows(folder)
     if not rows:                                            # trained, not yet analysed: that has losses at least
         rows = [row_of_log(run) for run in row_folders(folder, 'ckpt.pt')]     # a checkpoint comes after a loss
-        header = make_header(folder, rows, None) if rows else None
-    if not rows:
-        raise SystemExit(f'{folder}: holds no row.json and no runs.jsonl yet; train and analyze a run first')
+        if not rows:
+            raise SystemExit(f'{folder}: holds no row.json and no runs.jsonl; give a folder of runs such as out/demo')
+        header = make_header(folder, rows, None)
     return header, rows
 
 # -----------------------------------------------------------------------------
@@ -420,9 +407,8 @@ def open_rows(folder):
 
 def publish_file(out_dir, place, name):
     """Copy a file of an experiment to the folder `place`, atomically; runs.jsonl deflated where it is large."""
-    with open(os.path.join(out_dir, name), 'rb') as f:
-        content = f.read()
-    path = os.path.join(place, name)
+    content = Path(f'{out_dir}/{name}').read_bytes()
+    path = f'{place}/{name}'
     if name != 'runs.jsonl':
         return write_bytes(path, content)
     other = path + '.gz'
@@ -430,12 +416,11 @@ def publish_file(out_dir, place, name):
         content = gzip.compress(content, mtime=0)
         path, other = other, path
     write_bytes(path, content)
-    with contextlib.suppress(FileNotFoundError):            # of a time when it was smaller, or larger
-        os.remove(other)
+    Path(other).unlink(missing_ok=True)                     # of a time when it was smaller, or larger
 
 def publish(out_dir, place):
     """Copy report, figures and what they are made from to the folder `place`; what else is there stays."""
     for pattern in ('runs.jsonl', '*.json', '*.md', 'figures/*.png'):
-        for path in glob.glob(os.path.join(glob.escape(out_dir), pattern)):
-            publish_file(out_dir, place, os.path.relpath(path, out_dir))
+        for name in glob.glob(pattern, root_dir=out_dir):
+            publish_file(out_dir, place, name)
     print(f'published: {place}')

@@ -11,15 +11,14 @@ Your own labelled tokens become a dataset with
 """
 import functools
 import hashlib
-import math
 import os
 import shutil
-import tempfile
+from os.path import exists, getsize, isfile, lexists
 from types import SimpleNamespace
 
 import numpy as np
 
-from runs import new_folder, read_json, write_json
+from runs import new_folder, read_json, write_json, writing
 
 DTYPES = {'train': np.uint16, 'train_topics': np.uint8, 'val': np.uint16, 'val_topics': np.uint8,
           'val_posterior': np.float16}                      # in the order of reading; the last is optional
@@ -32,7 +31,7 @@ def file_entry(path):
     """What meta.json says of a file: {'bytes', 'sha256'}."""
     with open(path, 'rb') as f:
         sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
-    return {'bytes': os.path.getsize(path), 'sha256': sha256}
+    return {'bytes': getsize(path), 'sha256': sha256}
 
 
 def blocks(array):
@@ -52,7 +51,7 @@ def write_array(path, array, dtype):
             if dtype != np.float16:
                 largest = np.iinfo(dtype).max
                 if rows.dtype.kind not in 'iu' or rows.min() < 0 or rows.max() > largest:
-                    raise SystemExit(f'{os.path.basename(path)} must hold integers from 0 to {largest}')
+                    raise SystemExit(f'{path}: must hold integers from 0 to {largest}')
             f.write(np.ascontiguousarray(rows, dtype))
     return n_rows
 
@@ -73,7 +72,7 @@ def write(folder, arrays, meta, extra=None):
             if name not in DTYPES or not hasattr(array, '__next__') and np.ndim(array) != ndim:
                 raise SystemExit(f'{folder}: cannot write {name!r} of shape {np.shape(array)}; the arrays are '
                                  f'{", ".join(DTYPES)}, [rows, block_size + 1] (the posterior [.., n_topics])')
-            path = os.path.join(temporary, f'{name}.bin')
+            path = f'{temporary}/{name}.bin'
             rows[name] = write_array(path, array, DTYPES[name])
             files[f'{name}.bin'] = file_entry(path)
         rows = {name: rows[name] for name in ('train', 'val') if name in arrays}
@@ -81,9 +80,9 @@ def write(folder, arrays, meta, extra=None):
         if extra:
             meta['extra'] = {}
             for name, where in extra.items():
-                path = shutil.copy(os.path.join(where, name), temporary)
+                path = shutil.copy(f'{where}/{name}', temporary)
                 meta['extra'][name] = file_entry(path)
-        write_json(os.path.join(temporary, 'meta.json'), meta)
+        write_json(f'{temporary}/meta.json', meta)
         read(temporary)                                     # what the reader would refuse never gets the final name
 
 
@@ -95,8 +94,8 @@ def largest_in(path, dtype):
 
 def read_meta(folder):
     """meta.json of a dataset folder as a dict. Stops with one line if it is missing or is not one."""
-    path = os.path.join(folder, 'meta.json')
-    if not os.path.exists(path):
+    path = f'{folder}/meta.json'
+    if not exists(path):
         raise SystemExit(f'{folder}: no dataset here; make it with: python data_synth.py config/X.py (or '
                          'prepare_wiki.py)')
     meta = read_json(path, 'delete the folder and make it again')
@@ -114,30 +113,29 @@ def read(folder):
     which is missing, truncated or out of bounds.
     """
     meta = read_meta(folder)
-    files = {**meta.get('files', {}), **meta.get('extra', {})}
+    files = meta.get('files', {}) | meta.get('extra', {})
     for name, entry in files.items():
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path) or os.path.getsize(path) != entry['bytes']:
+        path = f'{folder}/{name}'
+        if not isfile(path) or getsize(path) != entry['bytes']:
             raise SystemExit(f'{path}: missing, or not the {entry["bytes"]:,} bytes of meta.json; make it again')
 
     data = {'val_posterior': None}
     for name, dtype in DTYPES.items():
-        path = os.path.join(folder, f'{name}.bin')
+        path = f'{folder}/{name}.bin'
         split, _, labels = name.partition('_')              # 'val', 'topics'; tokens have no labels
-        shape = (meta['block_size'] + 1,)
-        if not os.path.isfile(path):
+        shape = [len(data[split]) if labels else -1, meta['block_size'] + 1]   # labels have the rows of their tokens
+        if labels == 'posterior':
+            shape.append(meta['n_topics'])
+        if not isfile(path):
             if labels == 'posterior':
                 continue
             raise SystemExit(f'{path}: missing; delete the folder and make it again')
-        if labels == 'posterior':
-            shape += (meta['n_topics'],)
-        row_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        size = os.path.getsize(path)
-        rows = len(data[split]) if labels else size // row_bytes           # labels have the rows of their tokens
-        if rows < 1 or size != rows * row_bytes:
-            raise SystemExit(f'{path}: has {size:,} bytes, not the {max(rows, 1):,} rows of {row_bytes:,} that '
-                             f'{split}.bin and meta.json have (block_size + 1 tokens); make it again')
-        data[name] = np.memmap(path, dtype, 'r', shape=(rows, *shape))
+        try:
+            data[name] = np.memmap(path, dtype, 'r').reshape(shape)
+        except ValueError:
+            size = getsize(path)
+            raise SystemExit(f'{path}: has {size:,} bytes, not whole rows of {shape[1:]} {dtype.__name__}, as many as '
+                             f'{split}.bin has (block_size + 1 tokens); make it again') from None
         if labels != 'posterior':
             key = 'n_topics' if labels else 'vocab_size'
             largest = largest_in(path, dtype)
@@ -151,8 +149,8 @@ def is_there(folder, parameters):
     True if the folder holds a dataset built with these parameters, False if there is none and one can be written. One
     built with others is refused, not reused: a line names every key that differs, with both values.
     """
-    if os.path.lexists(folder):
-        if not os.path.exists(os.path.join(folder, 'meta.json')):
+    if lexists(folder):
+        if not exists(f'{folder}/meta.json'):
             raise SystemExit(f'{folder}: is no dataset (no meta.json); delete it or choose another data_dir')
         meta = read_meta(folder)
         differ = [f'{key} is {meta.get(key)!r} there, {value!r} here' for key, value in parameters.items()
@@ -161,12 +159,10 @@ def is_there(folder, parameters):
             raise SystemExit(f'{folder}: built with other parameters ({"; ".join(differ)}); '
                              'delete it or choose another data_dir')
         return True
-    parent = os.path.dirname(os.path.abspath(folder))
-    try:
-        os.makedirs(parent, exist_ok=True)
-        tempfile.TemporaryFile(dir=parent).close()          # asks for the permission now, not when all is computed
-    except OSError as error:
-        raise SystemExit(f'{folder}: cannot be written ({error.strerror}); choose another data_dir') from None
+    temporary = f'{folder}.tmp-{os.getpid()}'
+    with writing(folder):                                   # asks for the permission now, not when all is computed
+        os.makedirs(temporary)
+        os.rmdir(temporary)
     return False
 
 

@@ -18,8 +18,6 @@ other, so their embeddings project on each other through any attention; attentio
 without knowing a topic. And freezing is no intervention: T says what was added up, not what another token would do.
 analyze.py puts the shares into the row of a run; this script does so again, with more rows or draws.
 """
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -33,45 +31,40 @@ from train import open_finished
 
 run = ''                    # folder of the run
 lens_rows = 200             # validation rows, the first ones [2, 2**31)
-lens_draws = 5              # label exchanges behind the chance level [1, 2**31)
+lens_draws = 5              # label exchanges behind the chance level and its SD [2, 2**31)
 device = ''                 # cpu, cuda, cuda:1; '' = cuda where there is one
 
 # -----------------------------------------------------------------------------
-# the frozen model: a linear map from each depth to the next, on parts [B, T, P, n_embd], as many as there are
+# the frozen model, on parts [B, T, P, n_embd] of the embeddings, as many as there are
 
 def norm_scale(norm, x):
     """What an RMSNorm multiplies x [..., n_embd] by, entry by entry."""
     mean_square = x.pow(2).mean(-1, keepdim=True)
     return norm.weight * torch.rsqrt(mean_square + norm.eps)
 
-def layer_map(block, pattern, scale1, scale2, gate, parts, own=False):
-    """
-    One frozen layer on parts [B, T, P, n_embd]. own: attention to the position itself alone. As T is causal its
-    diagonal blocks are the products of the layers' diagonal blocks, so this gives T_ii x_i.
-    """
+def layer_map(block, pattern, scale1, scale2, gate, parts):
+    """What a layer makes of parts [B, T, P, n_embd], its pattern, the scales of its norms and its gate frozen."""
     attn = block.self_attn
     v = attn.v_proj(scale1[:, :, None] * parts)
     v = v.unflatten(3, (-1, attn.head_dim))                 # [B, T, P, g, head_dim]
     pattern = pattern.unflatten(1, (attn.n_kv_head, -1))    # query head h reads kv head h // group: [B, g, q, T, T]
-    if own:
-        pattern = pattern.triu()                            # causal: only the diagonal is left
     heads = torch.einsum('bgqts,bspgd->btpgqd', pattern, v)
-    parts = parts + attn.o_proj(heads.flatten(3))
+    heads = heads.flatten(3)
+    parts = parts + attn.o_proj(heads)
     up = block.mlp.up_proj(scale2[:, :, None] * parts)
-    return parts + block.mlp.down_proj(gate[:, :, None] * up)
-
-def scale_map(scale, parts, own=False):
-    """The frozen final norm; of ones, the embedding as it is."""
-    return scale[:, :, None] * parts
+    gated = gate[:, :, None] * up
+    return parts + block.mlp.down_proj(gated)
 
 @torch.no_grad()
-def frozen(model, idx):
+def carried(model, idx, parts):
     """
-    Depth by depth on rows idx [B, T]: (hidden [B, T, n_embd], the linear map that brings parts [B, T, P, n_embd] there
-    from the depth before). First the embedding, then after every layer, last the final norm; logits are W_E times that.
+    Depth by depth on rows idx [B, T]: hidden [B, T, n_embd]; what the frozen model makes of parts [B, T, P, n_embd];
+    and own [B, T, 1, n_embd], what it makes of the position's own embedding, T_ii x_i. First the embedding, then after
+    every layer, last the final norm; logits are W_E times that.
     """
     x = model.model.embed_tokens(idx)
-    yield x, functools.partial(scale_map, torch.ones_like(x))
+    own = x[:, :, None]
+    yield x, parts, own
     for layer, block in enumerate(model.model.layers):
         scale1 = norm_scale(block.input_layernorm, x)
         rope, bias = model.positions(layer, x.size(1))
@@ -80,9 +73,13 @@ def frozen(model, idx):
         scale2 = norm_scale(block.post_attention_layernorm, x)
         gate = F.silu(block.mlp.gate_proj(scale2 * x))      # [B, T, mlp_hidden]
         x = x + block.mlp(scale2 * x)
-        yield x, functools.partial(layer_map, block, pattern, scale1, scale2, gate)
+        parts = layer_map(block, pattern, scale1, scale2, gate, parts)
+        # T is causal, so its diagonal blocks are the products of the layers' diagonal blocks
+        own = layer_map(block, pattern.triu(), scale1, scale2, gate, own)
+        yield x, parts, own
     last = norm_scale(model.model.norm, x)
-    yield last * x, functools.partial(scale_map, last)
+    scale = last[:, :, None]
+    yield last * x, scale * parts, scale * own
 
 def topic_parts(model, idx, labels, n_topics):
     """
@@ -90,19 +87,11 @@ def topic_parts(model, idx, labels, n_topics):
     of M labellings [B, T, M] of the tokens idx [B, T], and own [B, T, n_embd], what each position has of itself).
     """
     x = model.model.embed_tokens(idx).detach()
-    own = x[:, :, None]                                     # [B, T, 1, n_embd]
     masks = F.one_hot(labels, n_topics).to(x)
     masks = masks.flatten(2)                                # [B, T, M * n_topics]
-    parts = masks[..., None] * own
-    for hidden, linear in frozen(model, idx):
-        parts = linear(parts)
-        own = linear(own, own=True)
+    parts = masks[..., None] * x[:, :, None]
+    for hidden, parts, own in carried(model, idx, parts):
         yield hidden, parts.unflatten(2, (-1, n_topics)), own[:, :, 0]
-
-def readout(model):
-    """Rows that read logits off the final norm, less their mean over the vocabulary, which softmax does not see."""
-    W = model.model.embed_tokens.weight.detach()
-    return W - W.mean(0)
 
 # -----------------------------------------------------------------------------
 # the share of a position's own topic
@@ -115,12 +104,12 @@ def share_sums(hidden, mine, own, against, counts):
     """
     sums = []
     for part in (hidden[:, None], mine, own[:, None]):
-        projection = torch.einsum('tmn,tn->tm', part, against).double()
-        sums.append((projection * counts).sum(0))
+        projection = torch.einsum('tmn,tn->tm', part, against)
+        sums.append((projection.double() * counts).sum(0))
     return torch.stack(sums)
 
 def row_sums(model, tokens, labels, n_topics):
-    """share_sums of one row at each depth of `frozen`, and last of the logit of its next tokens: [n_layer + 3, 3, M].
+    """share_sums of one row at each depth of `carried`, and last of the logit of its next tokens: [n_layer + 3, 3, M].
     tokens [T + 1], labels [T, M]."""
     other = labels != labels[0]
     counts = other.cumsum(0) > 0                            # a choice: some other topic before
@@ -128,10 +117,12 @@ def row_sums(model, tokens, labels, n_topics):
     for hidden, parts, own in topic_parts(model, tokens[None, :-1], labels[None], n_topics):
         hidden = hidden[0]
         mine = parts[0].take_along_dim(labels[..., None, None], 2).squeeze(2)
+        three = hidden, mine, own[0]
         against = hidden / hidden.pow(2).sum(1, keepdim=True)
-        sums.append(share_sums(hidden, mine, own[0], against, counts))
-    against = readout(model)[tokens[1:]]
-    sums.append(share_sums(hidden, mine, own[0], against, counts))
+        sums.append(share_sums(*three, against, counts))
+    W = model.model.embed_tokens.weight
+    against = (W - W.mean(0))[tokens[1:]]                   # the mean over the vocabulary is nothing to softmax
+    sums.append(share_sums(*three, against, counts))
     return torch.stack(sums)
 
 def with_chance(part, whole, least):
@@ -139,51 +130,49 @@ def with_chance(part, whole, least):
     where there is too little to share."""
     share = torch.where(whole > least, part / whole, torch.nan)
     draws = share[:, 1:]
-    mean = draws.mean(1)
-    sd = draws.std(1) if draws.size(1) > 1 else mean * torch.nan            # one draw has no spread
-    value = share[:, 0]
-    return {'value': value, 'chance': mean, 'chance_sd': sd}
+    return {
+        'value': share[:, 0],
+        'chance': draws.mean(1),
+        'chance_sd': draws.std(1)}
 
 @torch.no_grad()
 def own_topic_shares(model, tokens, topics, n_topics, draws, seed):
     """
     What the tokens of a position's own topic make of its states, and of the logit of the next token: the `lens` of a
     row. tokens [n, T + 1] and topics [n, T] on the model's device. draws: label exchanges behind the chance level.
-    Returns {'depths', 'projection', 'projection_others'}; the last two with 'value', 'chance', 'chance_sd' by depth.
+    Returns {'projection', 'projection_others'}, each with 'value', 'chance', 'chance_sd' by depth: of the embedding,
+    after every layer, of the final norm, of the logit.
     """
-    generator = torch.Generator().manual_seed(seed)
-    labels, exchanged = measures.exchanged(topics, draws, generator)
+    labels, exchanged = measures.exchanged(topics, draws, torch.Generator().manual_seed(seed))
     labels = torch.cat([topics[None], labels])              # [1 + draws, n, T]
-    layers = [f'layer {i + 1}' for i in range(len(model.model.layers))]
-    depths = ['embedding', *layers, 'norm', 'logit']
-    sums = torch.zeros(len(depths), 3, 1 + draws).double()
+    sums = torch.zeros(len(model.model.layers) + 3, 3, 1 + draws).double()
     for row in exchanged.nonzero()[:, 0]:                   # one at a time: its parts are many
         sums += row_sums(model, tokens[row], labels[:, row].T, n_topics).cpu()
     whole, topic, token = sums.unbind(1)
     least = 0.01 * whole[0]                                 # whole[0]: the positions that count
     return runs.plain({
-        'depths': depths,
         'projection': with_chance(topic, whole, least),
         'projection_others': with_chance(topic - token, whole - token, least)})
 
 # -----------------------------------------------------------------------------
 
-def main(cfg):
-    """Takes a run apart, prints the shares and returns them; analyze.py has them in the row of the run."""
-    if not cfg.run:
-        raise SystemExit('tensor_lens.py: --run=FOLDER, the trained run to take apart')
-    c, model, data, device = open_finished(cfg.run, cfg.device)
-    n = cfg.lens_rows
-    tokens = torch.tensor(data.val[:n].astype(int), device=device)
-    topics = torch.tensor(data.val_topics[:n, :-1].astype(int), device=device)
-    lens = own_topic_shares(model, tokens, topics, c['n_topics'], cfg.lens_draws, c['seed'])
+def first_rows(data, n, device):
+    """Tokens [n, T + 1] and topics [n, T] of the first validation rows, int64 on the device."""
+    tokens, topics = (torch.tensor(x[:n].astype(int), device=device) for x in (data.val, data.val_topics))
+    return tokens, topics[:, :-1]
 
-    print(f'{cfg.run}: the share of the own topic at', ', '.join(lens['depths']))
-    for name in ('projection', 'projection_others'):
-        for key in ('value', 'chance'):
-            values = [runs.show(x, '.3f') for x in lens[name][key]]
-            print(f'  {name} {key}:', *values)
-    return lens
+def of_run(cfg, c, model, data, device):
+    """own_topic_shares of a run with config c, on the first validation rows."""
+    tokens, topics = first_rows(data, cfg.lens_rows, device)
+    return own_topic_shares(model, tokens, topics, c['n_topics'], cfg.lens_draws, c['seed'])
+
+def main(cfg):
+    """Takes a run apart and prints the shares; analyze.py has them in the row of the run."""
+    lens = of_run(cfg, *open_finished(cfg.run, cfg.device))
+    print(f'{cfg.run}: the share of the own topic in the embedding, after every layer, in the final norm and the logit')
+    for name, levels in lens.items():
+        for key, values in levels.items():
+            print(f'  {name} {key}:', *[runs.show(x, '.3f') for x in values])
 
 if __name__ == '__main__':
     command(main, __file__)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2, multinomial
+from scipy.stats import chi2, entropy, multinomial
 
 import data_synth
 import shards
@@ -27,8 +27,8 @@ def config(*flags):
 
 def tables_of(*flags):
     """(tables [T, R, V] in fp64, and as tensors: tables, sums, row_of)"""
-    made = data_synth.make_tables(config(*flags), np.random.SeedSequence(0))
-    return made[0].astype(float), *map(torch.from_numpy, made)
+    made = data_synth.make_chains(config(*flags), 'cpu')[:3]
+    return made[0].numpy().astype(float), *made
 
 def drawn(chain, sums, row_of, rows, length, most, shortest, n_topics, repeats):
     """Topics uint8 and tokens int64 [rows, length] of 2 to `most` segments."""
@@ -47,33 +47,24 @@ def refused(text, function, *args):
         function(*args)
     assert text in str(stop.value) and '\n' not in str(stop.value), stop.value
 
-# -----------------------------------------------------------------------------
-# chains
-
 def test_range_tables():
+    """The specification again: own ranges and pairs; Dirichlet(0.5) rows; 7.28 nats of entropy in topics of Run 1."""
     tables, _, sums, row_of = tables_of('--vocab_size=259', '--n_topics=4', '--concentration=3')
     assert tables.shape == (4, 256, 259) and (row_of[3:] == torch.arange(256)).all()
+    for z, seed in enumerate(np.random.SeedSequence(0).spawn(3)[0].spawn(4)):
+        rng, own = np.random.default_rng(seed), np.arange(64) + z * 64
+        weight = np.square(rng.standard_normal((256, 256), np.float32).astype(float))
+        weight[:, own] *= 3
+        a, b = own[rng.permutation(64)].reshape(2, 32)      # 64 tokens have room for 32 of the 50 pairs
+        weight[a, b] *= 10 / 0.3
+        expected = weight / weight.sum(1, keepdims=True)
+        np.testing.assert_allclose(tables[z, :, 3:], expected, rtol=1e-4, atol=1e-9)
     assert not tables[:, :, :3].any()                       # PAD, BOS, EOS are never emitted
-    for z, seed in enumerate(np.random.SeedSequence(0).spawn(4)):
-        rng, own = np.random.default_rng(seed), range(3 + z * 64, 67 + z * 64)             # the specification again
-        normals = rng.standard_normal((256, 256), np.float32).astype(float)
-        order = rng.permutation(64)
-        pairs = {(own[a], own[b]) for a, b in zip(order[:32], order[32:])}     # 64 tokens have room for 32 of the 50
-        for a in range(3, 259, 5):
-            row = np.array([normals[a - 3, b - 3] ** 2 / 2 * (3 if b in own else 1)
-                            * (10 / 0.3 if (a, b) in pairs else 1) for b in range(3, 259)])
-            np.testing.assert_allclose(tables[z, a - 3, 3:], row / row.sum(), rtol=1e-4, atol=1e-9)
     assert (np.diff(sums.ravel()) >= 0).all() and (sums[:, :, -1].ravel() == torch.arange(1, 1025)).all()
-
-def test_range_chain_is_the_logs():
-    """Dirichlet(0.5) rows, and 7.28 nats of transition entropy, on some rows of two topics of Run 1."""
     p = tables_of('--vocab_size=403', '--n_topics=1', '--concentration=1')[0][0, :, 3:] * 400
     assert abs(np.mean(p < 0.01) - chi2(1).cdf(0.01)) < 0.005 and abs(np.mean(p < 1) - chi2(1).cdf(1)) < 0.02
-    h = []
-    for z in (0, 1):
-        p = data_synth.range_table(np.random.default_rng(z), z, config())[::40].astype(float)
-        h.append(-(p * np.log(np.maximum(p, 1e-30))).sum(1).mean())
-    assert abs(np.mean(h) - 7.28) < 0.01
+    p = [data_synth.range_table(np.random.default_rng(z), z, config())[::40].astype(float) for z in (0, 1)]
+    assert abs(entropy(p, axis=2).mean() - 7.28) < 0.01
 
 def test_group_tables():
     tables, P, _, row_of = tables_of('--chain=group', '--vocab_size=96', '--n_groups=12', '--n_topics=3')
@@ -103,9 +94,6 @@ def test_tokens_follow_the_tables(chain):
         p.append(chi2(use.sum() - 2 * (16 - first)).sf(((counts - expected)[use] ** 2 / expected[use]).sum()))
     assert p[0] > 1e-4 and max(p[1:]) < 1e-12
 
-# -----------------------------------------------------------------------------
-# segments
-
 @each_chain
 def test_segment_lengths(chain):
     """Counts and minima; and three segments with 6 spare tokens in all 28 ways: multinomial weights or uniform."""
@@ -125,21 +113,6 @@ def test_topics_of_segments(repeats, wanted):
     assert topics.shape == (20_000, 8) and (topics[:, ::2] == topics[:, 1::2]).all()
     pairs = np.histogram2d(topics[:, 0:6:2].ravel(), topics[:, 2:8:2].ravel(), range(5))[0]
     assert abs(pairs / pairs.sum() - wanted).max() < 0.005 and (repeats or not pairs.trace())
-
-@each_chain
-def test_hazard_is_the_frequency_of_ends(chain):
-    lengths = data_synth.draw_segments(np.random.default_rng(0), chain, 200_000, 24, 2, 5, 3)
-    starts = np.cumsum(np.pad(lengths, ((0, 0), (1, 0))), 1)[:, :-1]
-    hazard = data_synth.hazard_table(chain, 24, 2, 5, 3)
-    for s in (0, 3, 5, 9, 14):
-        ends = (starts + lengths)[(starts == s) & (lengths > 0)]
-        for t in range(s + 1, 24):
-            alive = max((ends >= t).sum(), 1)
-            assert abs(hazard[s, t] - (ends == t).sum() / alive) < 4.5 * 0.5 / np.sqrt(alive)
-    assert not hazard[:, :3].any() and hazard[0, 21] == pytest.approx(1)    # a last chance for the first of two
-
-# -----------------------------------------------------------------------------
-# the filter
 
 def enumerate_rows(tokens, tables, row_of, chain, low, high, shortest, repeats):
     """log P(x_t | past) [B, S-1] and P(z_t | x_0..x_t) [B, S, T], by a sum over all segmentations and labellings."""
@@ -185,32 +158,31 @@ def test_references(tmp_path, chain):
     loss = data.meta['references']
     assert loss['oracle'] < loss['filter'] < loss['bigram'] < loss['uniform'] == pytest.approx(np.log(256))
     assert data.meta['reference_rows'] == 80 and data.val_posterior.shape == (100, 64, 3)
-    tables, _, row_of = data_synth.make_tables(config(*flags), np.random.SeedSequence(0).spawn(3)[0])
-    x, z, full = data.val[:80].astype(int), data.val_topics[:80].astype(int), tables[:, row_of].astype(float)
+    tables, _, _, row_of = tables_of(*flags)
+    x, z, full = data.val[:80].astype(int), data.val_topics[:80].astype(int), tables[:, row_of]
     p = full[:, x[:, :-1], x[:, 1:]]                                        # [T, 80, 63]
     assert loss['oracle'] == pytest.approx(-np.log(np.take_along_axis(p, z[None, :, 1:], 0)).mean(), abs=1e-6)
-    # stationary: the rows of a high power
     frequency = np.stack([np.linalg.matrix_power(m[3:, 3:] if chain == 'range' else m, 64)[0] for m in full])
     post = (frequency / frequency.sum(0))[:, x[:, :-1] - 3 * (chain == 'range')]
     assert loss['bigram'] == pytest.approx(-np.log((post * p).sum(0)).mean(), abs=1e-5)
     right = data.val_posterior.argmax(2) == data.val_topics                # best far from a boundary
     assert right[:, 6:].mean() > 0.6 > 0.45 > right[:, 0].mean()
 
-# -----------------------------------------------------------------------------
-# the files
-
 # what seed 0 has meant from the beginning: train, train_topics, val, val_topics, and the filter's loss
 FROZEN = {
     'range': ('507757bc55e890ce', '39a15d1e6817202f', '15030e58939018b9', '509df07bdb765fce', 3.033664),
     'group': ('6f06aa2f8170be85', '084cdd5d9ec536c3', 'a68da874cbb8c8c4', '308e3458dc70fb00', 3.836029)}
 
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason='needs a GPU'))])
 @each_chain
-def test_a_seed_is_these_bytes(tmp_path, chain):
-    a = build(tmp_path / 'a', *CHAINS[chain], '--train_rows=25100')         # more than share a random stream
+def test_a_seed_is_these_bytes(tmp_path, chain, device):
+    at = f'--device={device}'
+    a = build(tmp_path / 'a', *CHAINS[chain], '--train_rows=25100', at)     # more than share a random stream
     assert [shards.digest(getattr(a, name)) for name in NAMES] == list(FROZEN[chain][:4])
     assert a.meta['references']['filter'] == pytest.approx(FROZEN[chain][4], abs=1e-6)
     assert (a.train[:100, 0] == a.val[:, 0]).mean() < 0.2                   # validation rows: a stream of their own
-    b = build(tmp_path / 'b', *CHAINS[chain], '--train_rows=77', '--min_segments=1', '--max_segments=1')
+    b = build(tmp_path / 'b', *CHAINS[chain], '--train_rows=77', '--min_segments=1', '--max_segments=1', at)
     for name in ('val', 'val_topics', 'val_posterior'):                     # whatever the training rows are
         assert (getattr(a, name) == getattr(b, name)).all()
     assert (b.train_topics == b.train_topics[:, :1]).all() and len(b.train) == 77
@@ -248,41 +220,38 @@ def test_own_tokens(tmp_path):
         assert data.train.dtype == np.uint16 and data.val_topics.dtype == np.uint8
     (tmp_path / 'x/tokenizer.json').write_text('{"other": 1}')
     refused('tokenizer.json: missing, or not the 2 bytes', shards.read, tmp_path / 'x')
-    says = {'val_topics.bin': 'val_topics.bin: missing', 'meta.json': 'python data_synth.py config/'}
-    for name, line in says.items():
+    for name, line in (('val_topics.bin', 'val_topics.bin: missing'), ('meta.json', 'python data_synth.py config/')):
         os.remove(tmp_path / 'y' / name)
         refused(line, shards.read, tmp_path / 'y')
 
 @pytest.mark.parametrize('change, line', (
-    (dict(train=OWN['train'] + 65530), 'train.bin must hold integers from 0 to 65535'),
-    (dict(train=OWN['train'] - 5), 'train.bin must hold integers'),
-    (dict(val=OWN['val'] * 0.5), 'val.bin must hold integers'),
+    (dict(train=OWN['train'] + 65530), 'train.bin: must hold integers from 0 to 65535'),
+    (dict(train=OWN['train'] - 5), 'train.bin: must hold integers'),
+    (dict(val=OWN['val'] * 0.5), 'val.bin: must hold integers'),
     (dict(val_topics=OWN['val_topics'] + 2), 'val_topics.bin: holds 3, but meta.json has n_topics = 2'),
-    (dict(train_topics=OWN['train_topics'][:5]), 'train_topics.bin: has 25 bytes, not the 6 rows'),
+    (dict(train_topics=OWN['train_topics'][:5]), 'has 25 bytes, not whole rows of [5] uint8, as many as train.bin'),
     (dict(train=OWN['train'].ravel()), "cannot write 'train' of shape (30,)"),
     (dict(val=OWN['val'][:0], val_topics=OWN['val'][:0]), 'val.bin: has 0 bytes'),
-    (dict(val_posterior=np.zeros((2, 5, 3))), 'val_posterior.bin: has 60 bytes, not the 2 rows of 20')))
-def test_write_refuses(tmp_path, change, line):
-    refused(line, shards.write, tmp_path / 'x', OWN | change, META)
-    assert not os.listdir(tmp_path)                         # nothing is left behind
-
-@pytest.mark.parametrize('name, raw, line', (
-    ('train.bin', bytes(59), 'train.bin: missing, or not the 60 bytes'),
-    ('val.bin', b'\x0a\0' * 10, 'val.bin: holds 10, but meta.json has vocab_size = 10'),
-    ('train_topics.bin', bytes(29) + b'\x02', 'train_topics.bin: holds 2, but meta.json has n_topics = 2'),
-    ('meta.json', b'{"vocab_size": 10', 'meta.json: cannot be read as JSON'),
-    ('meta.json', b'[1]', 'meta.json: needs vocab_size'),
-    ('meta.json', json.dumps(META | {'n_topics': '2'}).encode(), 'meta.json: needs n_topics')))
-def test_read_names_the_bad_file(tmp_path, name, raw, line):
-    shards.write(tmp_path / 'x', OWN, META)
-    (tmp_path / 'x' / name).write_bytes(raw)
-    refused(line, shards.read, tmp_path / 'x')
+    (dict(val_posterior=np.zeros((2, 5, 3))), 'val_posterior.bin: has 60 bytes, not whole rows of [5, 2] float16'),
+    (('train.bin', bytes(59)), 'train.bin: missing, or not the 60 bytes'),      # of a dataset that is there
+    (('val.bin', b'\x0a\0' * 10), 'val.bin: holds 10, but meta.json has vocab_size = 10'),
+    (('meta.json', b'{"vocab_size": 10'), 'meta.json: cannot be read as JSON'),
+    (('meta.json', b'[1]'), 'meta.json: needs vocab_size'),
+    (('meta.json', json.dumps(META | {'n_topics': '2'}).encode()), 'meta.json: needs n_topics')))
+def test_the_bad_file_is_named(tmp_path, change, line):
+    if isinstance(change, dict):
+        refused(line, shards.write, tmp_path / 'x', OWN | change, META)
+        assert not os.listdir(tmp_path)                     # nothing is left behind
+    else:
+        shards.write(tmp_path / 'x', OWN, META)
+        (tmp_path / 'x' / change[0]).write_bytes(change[1])
+        refused(line, shards.read, tmp_path / 'x')
 
 def test_unwritable(tmp_path):
     (tmp_path / 'file').write_text('')
     refused('cannot be written', shards.write, tmp_path / 'file' / 'x', OWN, META)
-    refused('cannot be written', shards.is_there, tmp_path / 'file' / 'x', META)
-    refused('cannot be written', shards.is_there, '/proc/x', META)          # where even root may not write
+    for folder in (tmp_path / 'file' / 'x', '/proc/x'):                     # where even root may not write
+        refused('cannot be written', shards.is_there, folder, META)
     (tmp_path / 'seed0').mkdir()
     refused('is no dataset', build, tmp_path)
 
@@ -291,26 +260,22 @@ def test_kill_leaves_no_dataset(tmp_path):
     code = ('import os, signal, sys, test_data as t, shards\n'
             'shards.read = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n'  # all is written but the rename
             'shards.write(sys.argv[1], t.OWN, t.META)')
-    here = os.path.dirname(os.path.abspath(__file__))
-    died = subprocess.run([sys.executable, '-c', code, tmp_path / 'x'], cwd=here)
-    left = os.listdir(tmp_path)
-    assert died.returncode == -9 and len(left) == 1 and left[0].startswith('x.tmp-')
-    (tmp_path / f'x.tmp-{os.getpid()}').mkdir()
+    died = subprocess.run([sys.executable, '-c', code, tmp_path / 'x'], cwd=os.path.dirname(__file__))
+    left, = os.listdir(tmp_path)
+    assert died.returncode == -9 and left.startswith('x.tmp-')
+    other = tmp_path / f'x.tmp-{os.getpid()}'
+    other.mkdir()
     refused('cannot be written', shards.write, tmp_path / 'x', OWN, META)      # not ours: neither used nor deleted
-    (tmp_path / f'x.tmp-{os.getpid()}').rmdir()
+    other.rmdir()
     shards.write(tmp_path / 'x', OWN, META)
-    assert sorted(os.listdir(tmp_path)) == ['x', left[0]] and shards.read(tmp_path / 'x')
+    assert sorted(os.listdir(tmp_path)) == ['x', left] and shards.read(tmp_path / 'x')
 
 @pytest.mark.parametrize('flags, line', (
     ('--chain=bigram', "chain = 'bigram': choose range or group"), ('--val_rows=0', 'val_rows = 0'),
-    ('--vocab_size=70000', 'vocab_size = 70000'), ('--n_topics=256', 'n_topics = 256'),
     ('--chain=group --n_groups=7', 'n_groups = 7 does not cut vocab_size = 64'), ('--n_topics=40', 'need 83'),
     ('--min_segment_len=20', '5 segments of min_segment_len = 20 do not fit in a row of block_size + 1 = 64'),
-    ('--max_segments=9', '9 segments'), ('--seed=-1', 'seed = -1'),
     ('--min_segments=4 --max_segments=3', 'max_segments = 3: must be at least min_segments = 4'),
-    ('--n_topics=1 --repeats=False', 'n_topics = 1: without repeats'),
-    ('--concentration=0', 'concentration = 0'), ('--chain=group --n_groups=8 --beta=-1', 'beta = -1'),
-    ('--device=tpu9', 'device = tpu9')))
+    ('--n_topics=1 --repeats=False', 'n_topics = 1: without repeats'), ('--device=tpu9', 'device = tpu9')))
 def test_bad_settings(tmp_path, flags, line):
     refused(line, build, tmp_path, *flags.split())
     assert not os.listdir(tmp_path)
@@ -323,13 +288,3 @@ def test_what_a_config_defines_to_derive_its_values_is_no_key(tmp_path):
     assert configure('data_synth.py', [str(path)]).overrides == {'n_topics': 4, 'vocab_size': 12}
     path.write_text(text + 'n_topic = 3\n')
     refused("unknown key 'n_topic'; did you mean 'n_topics'?", configure, 'data_synth.py', [str(path)])
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@each_chain
-def test_same_bytes_on_gpu(tmp_path, chain):
-    cpu, gpu = (build(tmp_path / device, *CHAINS[chain], f'--device={device}') for device in ('cpu', 'cuda'))
-    for name in NAMES:
-        assert (getattr(cpu, name) == getattr(gpu, name)).all()
-    np.testing.assert_allclose(cpu.val_posterior, gpu.val_posterior, atol=1e-3)
-    for key, loss in cpu.meta['references'].items():
-        assert loss == pytest.approx(gpu.meta['references'][key], abs=1e-6)

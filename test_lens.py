@@ -7,17 +7,13 @@ import pytest
 import torch
 
 import measures
-import runs
 import shards
-import tensor_lens
-from configurator import configure
 from model import Qwen3, load
-from tensor_lens import frozen, own_topic_shares, readout, topic_parts
+from tensor_lens import carried, own_topic_shares, topic_parts
 from test_measures import make_rows
 from test_model import fork, tiny
 from test_train import TINY, run
 
-torch.set_num_threads(1)                                        # small tensors: more threads only wait
 CASES = [*itertools.product(('mha', 'gqa 2:1', 'gqa 3:1'), (True, False)), ('gqa 2:1', 'fork')]
 
 def case(shape='gqa 2:1', rope=True, T=8):
@@ -27,7 +23,7 @@ def case(shape='gqa 2:1', rope=True, T=8):
     return model.double().requires_grad_(False), idx[:, :T], z
 
 def states(model, idx):
-    """What the model itself computes: hidden states at every depth of `frozen`."""
+    """What the model itself computes: hidden states at every depth of `carried`."""
     hidden = [x for x, _ in model.trace(idx)]
     return [*hidden, model.model.norm(hidden[-1])]
 
@@ -36,8 +32,7 @@ def operator(model, idx):
     T, W = len(idx), model.model.embed_tokens.weight
     n, found = W.size(1), []
     parts = torch.eye(T * n).to(W).view(1, T, n, T * n).mT      # every entry of every token apart
-    for _, linear in frozen(model, idx[None]):
-        parts = linear(parts)                                   # [1, T, T * n_embd, n_embd]
+    for _, parts, _ in carried(model, idx[None], parts):        # [1, T, T * n_embd, n_embd]
         found.append(parts[0].mT.unflatten(-1, (T, n)))
     return found
 
@@ -47,9 +42,6 @@ def rebuilds(operators, model, idx, tolerance=1e-10):
     made = [torch.einsum('injm,jm->in', op, W[idx]) for op in operators]
     wanted = [*states(model, idx[None]), model(idx[None])]
     return all((a - b[0]).abs().max() < tolerance for a, b in zip([*made, made[-1] @ W.mT], wanted, strict=True))
-
-# -----------------------------------------------------------------------------
-# exactness, in fp64
 
 @pytest.mark.parametrize('shape, rope', CASES)
 def test_operator_rebuilds_the_model(shape, rope):
@@ -85,9 +77,6 @@ def test_unfrozen_jacobian_fails(rope):
     jacobian = torch.autograd.functional.jacobian(depths, model.model.embed_tokens(idx[0]))
     assert not rebuilds(jacobian, model, idx[0], tolerance=0.1) and rebuilds(operator(model, idx[0]), model, idx[0])
 
-# -----------------------------------------------------------------------------
-# the share of the own topic and its chance level
-
 NAMES = ('projection', 'projection_others')
 
 def test_exchange_of_labels():
@@ -100,15 +89,11 @@ def test_exchange_of_labels():
     of, count = source.any(0), measures.runs(z)[1]
     assert (of.sum(1) > 1).all() and (~of | (count == count[:39, None])).all()
 
-def near(a, b, tolerance):
-    """Whether two levels of a share agree: value, chance and its SD by depth, None or nan alike."""
-    return all(np.allclose(np.array(a[key], float), np.array(b[key], float), atol=tolerance, equal_nan=True)
-               for key in ('value', 'chance', 'chance_sd'))
-
 def brute_force(model, idx, labels):
     """Both shares at every depth by loops over T, {name: [5 + 1]}, nan where undefined; labels [rows, T]."""
     T, hidden = [operator(model, row[:-1]) for row in idx], states(model, idx[:, :-1])
-    embed, read, found = model.model.embed_tokens, readout(model), {name: [] for name in NAMES}
+    embed, found = model.model.embed_tokens, {name: [] for name in NAMES}
+    read = embed.weight - embed.weight.mean(0)
     for depth in range(6):
         at, sums = min(depth, 4), np.zeros(5)
         for (b, label), i in itertools.product(enumerate(labels), range(labels.shape[1])):
@@ -130,79 +115,40 @@ def test_shares_equal_brute_force():
     found = own_topic_shares(model, idx, z, 3, draws=3, seed=7)
     draws, rows = measures.exchanged(z, 3, torch.Generator().manual_seed(7))
     value, *chance = (brute_force(model, idx, labels) for labels in (z, *draws))
-    assert rows.all() and found['depths'] == ['embedding', 'layer 1', 'layer 2', 'layer 3', 'norm', 'logit']
     for name in NAMES:
         drawn = np.array([c[name] for c in chance])
         expected = {'value': value[name], 'chance': drawn.mean(0), 'chance_sd': drawn.std(0, ddof=1)}
-        assert near(found[name], expected, 1e-9)
-    assert found['projection_others']['value'][0] is None       # the embedding: nothing but the token itself
+        for key, x in expected.items():
+            np.testing.assert_allclose(np.array(found[name][key], float), x, rtol=0, atol=1e-9)
+    assert found['projection_others']['value'][0] is None and rows.all()       # the embedding: only the token itself
     assert sum(v is not None for name in NAMES for v in found[name]['value']) >= 9
 
-def planted(topical, reads_topic=False):
-    """One layer, no positions, no MLP; topic = token // 10 is in entries 0-3 of the embedding, noise that adds up to
-    0 in the others. topical: attention on the own topic, else uniform. reads_topic: values carry entries 0-3 too."""
-    g = torch.Generator().manual_seed(0)
+def planted():
+    """One layer of uniform attention; topic = token // 10 is in entries 0-3 of the embedding, noise in the others."""
     model = Qwen3(40, 128, n_layer=1, n_head=1, n_kv_head=1, n_embd=20, head_dim=20, mlp_hidden=8, rope=False)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(float(p.ndim == 1))
-        attn, W = model.model.layers[0].self_attn, model.model.embed_tokens.weight
-        noise = torch.randn(4, 10, 16, generator=g)
-        noise = (noise - noise.mean(1, keepdim=True)).flatten(0, 1)
-        W.copy_(torch.cat([torch.eye(4).repeat_interleave(10, 0) * 2, noise], 1))
-        attn.v_proj.weight.copy_(torch.eye(20))
-        attn.o_proj.weight.copy_(torch.eye(20) * 3)
-        if not reads_topic:
-            attn.v_proj.weight[:4] = 0
-        if topical:
-            for proj in (attn.q_proj, attn.k_proj):
-                proj.weight[:4, :4] = torch.eye(4)
-    return model.double().requires_grad_(False)
-
-def planted_rows(n=150):
-    z = make_rows(n, T=65, K=4, min_run=8, seed=3)              # 2-5 runs, all topics as likely
-    return z * 10 + torch.randint(0, 10, z.shape, generator=torch.Generator().manual_seed(2)), z[:, :-1]
+    model.double().requires_grad_(False)
+    for p in model.parameters():
+        p.fill_(float(p.ndim == 1))
+    noise = torch.randn(4, 10, 16, generator=torch.Generator().manual_seed(0))
+    noise = (noise - noise.mean(1, keepdim=True)).flatten(0, 1)
+    model.model.embed_tokens.weight.copy_(torch.cat([torch.eye(4).repeat_interleave(10, 0) * 2, noise], 1))
+    for proj in (model.model.layers[0].self_attn.v_proj, model.model.layers[0].self_attn.o_proj):
+        proj.weight.copy_(torch.eye(20))
+    return model
 
 @pytest.mark.parametrize('share', (0.0095, 0.0105))
 def test_too_little_to_share_is_null(share):
     """Below a hundredth of the state. What it has of other tokens is all but linear in o_proj."""
-    model, (tokens, z) = planted(False, reads_topic=True), planted_rows(40)
+    model, z = planted(), make_rows(40, T=65, K=4, min_run=8, seed=3)
+    tokens, z = z * 10 + torch.randint(0, 10, z.shape, generator=torch.Generator().manual_seed(2)), z[:, :-1]
     for _ in range(7):
         _, (hidden, _, own), *_ = topic_parts(model, tokens[:, :-1], z[..., None], 4)
         others = ((hidden - own) * hidden).sum(2) / hidden.pow(2).sum(2)
         others = others[(z != z[:, :1]).cumsum(1) > 0].mean()
         model.model.layers[0].self_attn.o_proj.weight *= share / others
     assert others.item() == pytest.approx(share, rel=1e-3)
-    lens = own_topic_shares(model, tokens, z, 4, 1, seed=0)
+    lens = own_topic_shares(model, tokens, z, 4, 2, seed=0)
     assert (lens['projection_others']['value'][1] is None) == (share < 0.01) and lens['projection']['value'][1]
-
-def excess(model, tokens, z):
-    """value - chance after the last layer, and its size in standard deviations of the draws, of both shares."""
-    found = own_topic_shares(model, tokens, z, 4, draws=12, seed=0)
-    last = [{key: values[-3] for key, values in found[name].items()} for name in NAMES]
-    return [(x['value'] - x['chance'], (x['value'] - x['chance']) / x['chance_sd']) for x in last]
-
-def test_planted_truth():
-    """Uniform attention is at chance, attention on the own topic above; but uniform attention that carries what
-    tokens tell of their topic is above as well: what fools it."""
-    rows = planted_rows()
-    for blind, topical in zip(excess(planted(False), *rows), excess(planted(True), *rows)):
-        assert abs(blind[0]) < 0.04 and abs(blind[1]) < 4
-        assert topical[0] > 0.05 and topical[1] > 8
-    difference, sd = excess(planted(False, reads_topic=True), *rows)[1]
-    assert difference > 0.05 and sd > 5
-
-def test_untrained_model_and_random_labels_are_at_chance():
-    generator = torch.Generator().manual_seed(0)
-    model = Qwen3(40, 64, 2, 4, 2, 32, 8, 40, generator=generator).double()
-    for p in model.model.layers.parameters():
-        p.data.mul_(5 if p.ndim == 2 else 1)                    # layers that matter beside the embedding
-    tokens = torch.randint(0, 40, (150, 65), generator=generator)              # say nothing of the topics
-    for difference, sd in excess(model, tokens, planted_rows()[1]):
-        assert abs(sd) < 4 and abs(difference) < 0.02
-
-# -----------------------------------------------------------------------------
-# the script
 
 def test_script(tmp_path):
     """It prints what own_topic_shares finds; the draws come from the run's seed; fp32 is precise enough."""
@@ -212,6 +158,7 @@ def test_script(tmp_path):
     shards.write(f'{tmp_path}/data', arrays, dict(vocab_size=20, block_size=48, n_topics=4))
     at, args = f'{tmp_path}/run', ('tensor_lens.py', f'--run={tmp_path}/run', '--lens_rows=16')
     run('train.py', *TINY, f'--data_dir={tmp_path}/data', '--max_iters=80', f'--run={at}')
+    assert '--run=' in run('tensor_lens.py').stderr
     done = run(*args)
     assert done.returncode == 0 and 'projection_others chance: —' in done.stdout, done.stderr
     assert run(*args).stdout == done.stdout
@@ -219,23 +166,5 @@ def test_script(tmp_path):
     assert model.model.layers[0].mlp.up_proj.weight.std() > 0.1                # it has trained, 0.02 at init
     found = own_topic_shares(model, idx, torch.from_numpy(z[:16, :-1]), 4, 5, seed=0)
     said = done.stdout.split('projection value: ')[1].split('\n')[0].split()
-    assert said[0] == '1.000' and ', '.join(found['depths']) in done.stdout
     for shown, value in zip(said, found['projection']['value'], strict=True):
         assert shown == '—' if value is None else abs(float(shown) - value) < 1e-3
-
-@pytest.mark.parametrize('flag, words', (
-    ('--seed=1', "'seed'"), ('--device=', '--run='), ('--lens_rows=1', 'lens_rows = 1 is not in')))
-def test_bad_input(flag, words):
-    with pytest.raises(SystemExit, match=words):
-        tensor_lens.main(configure('tensor_lens.py', [flag]))
-
-@pytest.mark.filterwarnings('error')
-def test_no_choice_and_one_draw():
-    """Rows of one topic each: no position has a choice, so every share is null; one draw has no spread, and says so
-    without a warning."""
-    model, idx, z = case(T=11)
-    lens = own_topic_shares(model, idx, z[:, :1].expand(3, 10), 3, draws=1, seed=0)
-    assert all(lens[name][key] == [None] * 6 for name in NAMES for key in ('value', 'chance', 'chance_sd'))
-    z[:] = torch.arange(11) // 6
-    lens = own_topic_shares(model, idx, z[:, :-1], 3, draws=1, seed=0)['projection']
-    assert lens['chance_sd'] == [None] * 6 and None not in lens['chance'][:5] + lens['value'][:5]

@@ -5,6 +5,7 @@ import types
 import zlib
 
 import numpy as np
+import pytest
 
 import plot
 import runs
@@ -42,37 +43,31 @@ def written(folder, seeds):
                 rows += [made_up(order, where, seed, 5), made_up(order, where, seed, 9, main=False)]
     pixels = base64.b64encode(zlib.compress(np.eye(8, dtype=np.uint8).tobytes())).decode()
     example = {'layer': 1, 'head': 2, 'score_p': None,
-               'topics': [0, 0, 8, 8, 8, 1, 1, 1], 'shape': [8, 8], 'max': 1.0, 'uint8': pixels}
+               'topics': [0, 0, 8, 8, 8, 1, 1, 1], 'uint8': pixels}
     runs.write_text(os.path.join(folder, 'runs.jsonl'), runs.dump_rows(HEADER, rows))
     runs.write_json(os.path.join(folder, 'examples.json'), {'mha_reverse_rope': example})
     return plot.load(str(folder))
 
-def drawn(folder):
-    return plot.main(types.SimpleNamespace(paths=[str(folder)], dpi=110))
-
-def test_every_figure_is_drawn(tmp_path):
-    written(tmp_path, seeds=(0, 1))
-    paths = drawn(tmp_path)
-    assert len(paths) == len(plot.FIGURES) == 8
-    assert all(os.path.getsize(path) > 5000 for path in paths)
-
-def test_one_seed_has_no_interval(tmp_path):
-    assert 'n = 1' in written(tmp_path, seeds=(3,)).note
-    assert len(drawn(tmp_path)) == len(plot.FIGURES)
+@pytest.mark.parametrize('seeds', [(0, 1), (3,)])
+def test_every_figure_is_drawn(tmp_path, seeds):
+    assert f'n = {len(seeds)}' in written(tmp_path, seeds).note
+    paths = plot.main(types.SimpleNamespace(paths=[str(tmp_path)], dpi=110))
+    assert len(paths) == 8 and all(os.path.getsize(path) > 5000 for path in paths)
 
 def test_figures_show_the_rows(tmp_path):
     """P of a head is the mean over seeds at its place, the order begins at step 0, effects are report.py's."""
     exp = written(tmp_path, seeds=(0, 1))
     panels = [ax for ax in plot.plot_heads(exp).axes if ax.get_title().startswith('mha_reverse_drope')]
-    assert np.ma.allclose(panels[0].images[0].get_array()[:, 2], [0.3, 0.4]) and len(panels) == 1
+    assert np.ma.allclose(panels[0].images[0].get_array()[:, [0, 2]], [[0.05, 0.3], [0.1, 0.4]]) and len(panels) == 1
     areas = plot.plot_order(exp).axes[0].collections
     edges = np.concatenate([area.get_paths()[0].vertices[:, 0] for area in areas])
     assert len(areas) == 9 and (edges.min(), edges.max()) == (0, 20)
     panels = plot.plot_effects(exp).axes
     panel = next(ax for ax in panels if ax.get_title() == 'P')
-    at = [label.get_text() for label in panels[0].get_yticklabels()].index('mha_reverse - mha_shuffled, alibi')
-    marks = [line.get_xydata()[0] for line in panel.lines if len(line.get_xdata()) == 1]
-    assert any((x, y) == (len('reverse') - len('shuffled'), at) for x, y in marks)
+    labels = [label.get_text() for label in panels[0].get_yticklabels()]
+    marks = {tuple(line.get_xydata()[0]) for line in panel.lines if len(line.get_xdata()) == 1}
+    assert {y for _, y in marks} == set(range(len(labels)))
+    assert (len('reverse') - len('shuffled'), labels.index('mha_reverse - mha_shuffled, alibi')) in marks
 
 def test_course_shows_the_primary_beside_its_control(tmp_path):
     ax, = plot.plot_course(written(tmp_path, seeds=(0, 1))).axes
