@@ -96,7 +96,7 @@ def matmul_rate(device, dtype):
     return 10 * 2 * n ** 3 / times[5] / 1e9
 
 def random_rows(c, device):
-    """Random tokens on the device [N_ROWS, block_size + 1], and those that this process reads, as train.fit has them."""
+    """Random tokens on the device [N_ROWS, block_size + 1], and the rows that this process reads, as in train.fit."""
     rank, world = processes()
     g = torch.Generator().manual_seed(c['seed'])
     corpus = torch.randint(c['vocab_size'], (N_ROWS, c['block_size'] + 1), generator=g, dtype=torch.int32)

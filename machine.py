@@ -18,8 +18,8 @@ from tqdm import tqdm
 COMPILE_PAYS = 1000         # steps; fewer are made before the compiler is done
 
 def machine(device, dtype='', compile=None, steps=math.inf):
-    """(torch.device, dtype, compile) with the automatic choices made, for this process and so many steps. Stops with one
-    line where there is no such device or dtype."""
+    """(torch.device, dtype, compile) with the automatic choices made, for this process and so many steps. Stops with
+    one line where there is no such device or dtype."""
     available = torch.cuda.is_available()
     name = device or ('cuda' if available else 'cpu')
     if not re.fullmatch(r'cpu|cuda(:\d+)?' if available else 'cpu', name):

@@ -1,6 +1,6 @@
 """
-The optimizers: Muon for the matrices of the blocks, AdamW for the rest. Both work on stacks of parameters, not on one after
-another; nothing in them waits for the host, and Muon's work is shared by all processes.
+The optimizers: Muon for the matrices of the blocks, AdamW for the rest. Both work on stacks of parameters, not on one
+after another; nothing in them waits for the host, and Muon's work is shared by all processes.
 """
 import itertools
 import math
@@ -24,8 +24,8 @@ def newton_schulz(x):
     return x
 
 def muon_step(grad, momentum, master, weights, lr, weight_decay, clip):
-    """A step of matrices of one shape, in place. grad, momentum, the fp32 weights `master` and the copy of them that the
-    model works with: [n, rows, cols]; lr and clip, a factor of the gradients: []."""
+    """A step of matrices of one shape, in place. grad, momentum, the fp32 weights `master` and the copy of them that
+    the model works with: [n, rows, cols]; lr and clip, a factor of the gradients: []."""
     grad = grad.float() * clip
     momentum.lerp_(grad, 1 - 0.95)
     x = grad.lerp(momentum, 0.95).bfloat16()                # Nesterov

@@ -153,23 +153,26 @@ def plot_heads(exp):
     positions = names(rows, 'positions')
     if not arms:
         return 'no row has P'
+    lines = {name: over_seeds(rows, f'bigram.{name}.score_p') for name in ('equal', 'posterior')}
+    shown = [over_seeds(rows, 'heads.score_p').ravel(), *lines.values()]
+    limit = min(1, abs(np.concatenate(shown)).max())
     fig, axes = canvas(
         exp, f'score P of every head (mean over seeds, {exp.note})',
         'P: log ratio of attention to keys of the query\'s topic over others, matched by position. 0: position '
-        'alone decides. Above: topic or contiguity attracts. Beside a name: mean of heads. Colours end at ±1; lines '
-        'across them (every seed): P of equal bigrams, black, and of the posterior of bigrams, grey.',
+        'alone decides. Above: topic or contiguity attracts. Beside a name: mean of heads. Colours end at '
+        f'±{limit:.2f}; lines across them (every seed): P of equal bigrams, black, and of their posterior, grey.',
         (len(arms), len(positions)), 1.5)
     for name in names(rows, 'condition'):
         mine = pick(rows, condition=name)
         P = over_seeds(mine, 'heads.score_p').mean(0)       # [n_layer, n_head]
         ax = axes[arms.index(mine[0]['arm']), positions.index(mine[0]['positions'])]
-        image = ax.imshow(P, cmap='PuOr_r', vmin=-1, vmax=1, aspect='auto')
+        image = ax.imshow(P, cmap='PuOr_r', vmin=-limit, vmax=limit, aspect='auto')
         mean = over_seeds(mine, 'mean.score_p').mean()
         ax.set(title=f'{name} {mean:+.3f}', xlabel='head', ylabel='layer')
         ax.locator_params(integer=True)
     bar = fig.colorbar(image, ax=axes, label='P (log ratio)')
-    for name, colour in (('equal', 'black'), ('posterior', GREY)):
-        bar.ax.hlines(over_seeds(rows, f'bigram.{name}.score_p'), 0, 1, color=colour)
+    bar.ax.hlines(lines['equal'], 0, 1, color='black')
+    bar.ax.hlines(lines['posterior'], 0, 1, color=GREY)
     return fig
 
 # -----------------------------------------------------------------------------

@@ -309,7 +309,11 @@ def curve(records):
 def read_row(folder):
     """row.json of a run folder; None where the run is not done."""
     row = read_json(f'{folder}/row.json')
-    return row and OLDER | row
+    if row is None:
+        return None
+    if not isinstance(row, dict) or 'config' not in row:
+        raise SystemExit(f'{folder}/row.json: not a row of ours; delete it and run analyze.py again')
+    return OLDER | row
 
 def key(row):
     """What finds a row in its experiment, and sorts them as tables show them: shuffled first, RoPE before DroPE."""

@@ -84,7 +84,9 @@ def test_experiment(workspace):
         assert f'## {part}\n' in text
     # printed: the plan, a line a run, the first part of the report
     plan, lines = printed.split('\n', 1)[0], [line for line in printed.split('\n') if line.startswith('out/tiny/')]
+    page = lines.pop()
     assert '50 runs' in plan and len(lines) == 50 and all(': val loss' in line for line in lines)
+    assert page.startswith('out/tiny/mha_shuffled_rope/seed0/view.html: ')
     assert printed.count('\n') < 90 and text.split('\n## ')[0] in printed and 'figures: out/tiny/figures' in printed
     contrasts = {tuple(e['arms']) for e in report.effects(header, rows)}
     assert {(f'mha_{order}', 'mha_shuffled') for order in ('topic_ordered', 'topic_c4', 'shuffled_pure')} <= contrasts
@@ -394,6 +396,11 @@ def test_bad_runs(dataset, tmp_path):
     refuses(run('analyze.py', f'--run={tmp_path}/none'), 'none', 'no run here')
     refuses(run('plot.py', f'{tmp_path}/none'), 'none')
     assert run('train.py', *good, f'--run={out}').returncode == 0
+    runs.write_json(f'{out}/row.json', [1])
+    refuses(run('report.py', str(tmp_path)), 'row.json', 'not a row of ours')
+    os.rename(f'{out}/log.jsonl', f'{out}/log')
+    refuses(run('analyze.py', f'--run={out}'), 'log.jsonl', 'is gone')
+    os.rename(f'{out}/log', f'{out}/log.jsonl')
     before = open(f'{out}/ckpt.pt', 'rb').read()
     refuses(run('train.py', *good, '--muon_lr=0.01', f'--run={out}'), out, 'muon_lr = 0.02', '0.01')   # another run's
     assert open(f'{out}/ckpt.pt', 'rb').read() == before

@@ -236,10 +236,10 @@ def start(folder, *args, n=1):
 @pytest.mark.parametrize('n, muon_lr, grad_accum', ((2, 0.02, 2), (2, 0.0005, 1), (4, 0.0005, 1)))
 def test_processes_and_micro_batches_match_one(dataset, tmp_path, n, muon_lr, grad_accum):
     """n gloo processes, also killed and ended by one, against one at equal global batch. At full rates only where
-    gradients are summed in the same order, as with two micro-batches: Muon enlarges what holds next to nothing, 1e-7 in a
-    sum to 1% in 20 such steps."""
-    args = [*TINY, '--n_head=4', '--n_embd=64', '--head_dim=16', '--mlp_hidden=176', '--batch_size=32', '--max_iters=20',
-            f'--data_dir={dataset}', '--order=topic', '--eval_interval=5', f'--muon_lr={muon_lr}']
+    gradients are summed in the same order, as with two micro-batches: Muon enlarges what holds next to nothing, 1e-7
+    in a sum to 1% in 20 such steps."""
+    args = [*TINY, '--n_head=4', '--n_embd=64', '--head_dim=16', '--mlp_hidden=176', '--batch_size=32',
+            '--max_iters=20', f'--data_dir={dataset}', '--order=topic', '--eval_interval=5', f'--muon_lr={muon_lr}']
     alone = f'--grad_accum={grad_accum}'
     run_of = lambda name: f'{tmp_path}/{name}/mha_topic_ordered_rope/seed0'
     kill_at(7, run_of('killed'), start(f'{tmp_path}/killed', *args, n=n))

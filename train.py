@@ -118,7 +118,7 @@ def lr_scale(step, max_iters, warmup_iters):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (max_iters - warmup)))
 
 def compiled(model):
-    """The model's losses, compiled once for all models of its shape: its blocks are the same code, compiled once too."""
+    """The model's losses, compiled once for all models of its shape, and its blocks, the same code, once for all."""
     import torch._dynamo                                    # only here: it takes a while
     torch._dynamo.config.recompile_limit = 64               # an experiment has more shapes than the default of 8
     return functools.partial(

@@ -2,9 +2,11 @@
 Look inside: one page a run, a file that opens anywhere, offline, in any browser of 2024 or later.
 
     python view.py --run=out/demo/mha_shuffled_rope/seed0 --other=out/demo/mha_shuffled_drope/seed0
+    python view.py --run=out/demo/mha_shuffled_rope/seed0 --view_rows=0
 
-Writes view.html into the folder of the run: validation rows token by token, every head's attention on them, P, the
-loss beside the Bayes filter's, the tensor lens's split by topic; of two runs side by side where --other names one.
+Reads one or two run folders and their dataset. Writes view.html into the folder of the run: validation rows token by
+token, every head's attention on them, P, the loss beside the Bayes filter's, the tensor lens's split by topic; of two
+runs side by side where --other names one.
 How the page looks and what its keys do is in view_template.html; here is what it knows.
 
 Attention takes a byte a weight: of the query's largest weight 1, 3, 5, ... or 255 parts in 255, whichever is nearest,
@@ -50,8 +52,7 @@ def filter_losses(meta, tokens):
     if meta.get('kind') != 'synthetic':
         return None
     made = SimpleNamespace(**meta)
-    [stream] = np.random.SeedSequence(made.seed).spawn(1)                    # the first is that of the tables
-    P, _, row_of = map(torch.from_numpy, data_synth.make_tables(made, stream))
+    P, _, row_of, *_ = data_synth.make_chains(made, 'cpu')
     hazard = data_synth.hazard_table(made.chain, made.block_size + 1, *data_synth.VAL_SEGMENTS, made.min_segment_len)
     likelihood = data_synth.likelihood(tokens, (P, row_of))
     expected, _ = data_synth.bayes_filter(likelihood, torch.from_numpy(hazard), made.repeats)
