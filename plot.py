@@ -153,14 +153,15 @@ def plot_heads(exp):
     positions = names(rows, 'positions')
     if not arms:
         return 'no row has P'
-    lines = {name: over_seeds(rows, f'bigram.{name}.score_p') for name in ('equal', 'posterior')}
-    shown = [over_seeds(rows, 'heads.score_p').ravel(), *lines.values()]
-    limit = min(1, abs(np.concatenate(shown)).max())
+    limit = np.clip(abs(over_seeds(rows, 'heads.score_p')).max(), 0.1, 1)
+    equal, posterior = (over_seeds(rows, f'bigram.{name}.score_p') for name in ('equal', 'posterior'))
+    levels = [runs.show(x.mean() if x.size else None, '+.2f') for x in (equal, posterior)]
     fig, axes = canvas(
         exp, f'score P of every head (mean over seeds, {exp.note})',
         'P: log ratio of attention to keys of the query\'s topic over others, matched by position. 0: position '
         'alone decides. Above: topic or contiguity attracts. Beside a name: mean of heads. Colours end at '
-        f'±{limit:.2f}; lines across them (every seed): P of equal bigrams, black, and of their posterior, grey.',
+        f'±{limit:.2f}. Lines across them, where they reach: P of equal bigrams, black (mean {levels[0]}), and of '
+        f'the posterior of bigrams, grey ({levels[1]}).',
         (len(arms), len(positions)), 1.5)
     for name in names(rows, 'condition'):
         mine = pick(rows, condition=name)
@@ -171,8 +172,9 @@ def plot_heads(exp):
         ax.set(title=f'{name} {mean:+.3f}', xlabel='head', ylabel='layer')
         ax.locator_params(integer=True)
     bar = fig.colorbar(image, ax=axes, label='P (log ratio)')
-    bar.ax.hlines(lines['equal'], 0, 1, color='black')
-    bar.ax.hlines(lines['posterior'], 0, 1, color=GREY)
+    bar.ax.hlines(equal, 0, 1, color='black')
+    bar.ax.hlines(posterior, 0, 1, color=GREY)
+    bar.ax.set_ylim(-limit, limit)
     return fig
 
 # -----------------------------------------------------------------------------
