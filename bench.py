@@ -13,6 +13,7 @@ products that a step cannot do without, 6 N a token (N parameters, the tied matr
 multiplies two large random matrices of the same type.
 """
 import itertools
+import json
 import os
 import time
 
@@ -103,13 +104,6 @@ def random_rows(c, device):
     batches = torch.randint(N_ROWS, (c['max_iters'], c['grad_accum'], world, micro_batch(c, world)), generator=g)
     return corpus.to(device), batches[:, :, rank].to(device)
 
-def our_step(model, c, corpus, batches, dtype, compile):
-    """The step of train.py, a function."""
-    loss_of = compiled(model) if compile else model
-    muon, adamw = optimizers(model, c, dtype, compile)
-    step, _ = training_step(model, loss_of, muon, adamw, c, corpus, batches, 0, dtype)
-    return step
-
 def communication(step, ms):
     """The share of a step of `ms` milliseconds that NCCL's kernels take, waiting for other GPUs included."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -119,64 +113,68 @@ def communication(step, ms):
     spent = sum(event.device_time_total for event in profile.key_averages() if 'nccl' in event.key)
     return spent / 1000 / PROFILED / ms
 
-def scaling_rows(c, n, path, device, dtype, compile):
-    """Add this number of GPUs to the table at `path`: at equal global batch, and at batch_size rows a GPU."""
-    rank, world = processes()
-    table = read_json(path) or {**versions(device), 'rows': []}
-    for batch_size in dict.fromkeys((c['batch_size'], c['batch_size'] * world)):
-        corpus, batches = random_rows(c | {'batch_size': batch_size}, device)
-        model = build(c, torch.Generator().manual_seed(0)).to(device)
-        step = our_step(model, c, corpus, batches, dtype, compile)
-        times, _ = timed(step, n, device)
-        ms = times[n // 2]
-        row = {'gpus': world, 'batch_size': batch_size, 'ms_per_step': ms, 'rows_per_s': 1000 * batch_size / ms,
-               'communication': communication(step, ms) if device.type == 'cuda' else None}
-        one = next((r for r in table['rows'] if r['gpus'] == 1), row)
-        row['ratio'] = row['rows_per_s'] / one['rows_per_s']
-        table['rows'] = [r for r in table['rows'] if (r['gpus'], r['batch_size']) != (world, batch_size)] + [row]
-        if rank == 0:
-            print(row)
-    if rank == 0:
-        write_json(path, table)
-
-def main(cfg):
-    check(cfg)
-    n = cfg.bench_steps
-    device, dtype, compile = machine(cfg.device, cfg.dtype, cfg.compile)
-    c = resolve(cfg, {'vocab_size': cfg.vocab_size, 'block_size': cfg.block_size})
-    c['max_iters'] = WARMUP + n + PROFILED
-    name = os.path.basename(cfg.files[-1]).removesuffix('.py') if cfg.files else 'default'
-    with memory_errors('a lower --batch_size needs less, and is another benchmark'):
-        if cfg.scaling:
-            return scaling_rows(c, n, f'out/bench/{name}_scaling.json', device, dtype, compile)
-        corpus, batches = random_rows(c, device)
-        model = build(c, torch.Generator().manual_seed(0)).to(device)
-        clock = time.perf_counter()
-        step = our_step(model, c, corpus, batches, dtype, compile)
-        start = time.perf_counter() - clock                 # the compiler's import is part of the first step
-        times, first = timed(step, n, device)
-        rate = matmul_rate(device, dtype)
-        model = build(c, torch.Generator().manual_seed(0)).to(device)
-        plain, _ = timed(plain_step(model, c, corpus, batches, dtype), n, device)
-
+def measure(c, n, device, dtype, compile):
+    """The step of train.py, on as many GPUs as there are processes: a dictionary. The first step includes the import
+    of the compiler."""
+    corpus, batches = random_rows(c, device)
+    model = build(c, torch.Generator().manual_seed(0)).to(device)
+    clock = time.perf_counter()
+    loss_of = compiled(model) if compile else model
+    muon, adamw = optimizers(model, c, dtype, compile)
+    step, _ = training_step(model, loss_of, muon, adamw, c, corpus, batches, 0, dtype)
+    start = time.perf_counter() - clock
+    times, first = timed(step, n, device)
     ms = times[n // 2]
-    n_parameters = sum(p.numel() for p in model.parameters())
-    result = {
-        **versions(device),
-        'config': name,
-        'dtype': dtype,
-        'compiled': compile,
-        'parameters': n_parameters,
+    return {
+        'gpus': processes()[1],
+        'batch_size': c['batch_size'],
+        'parameters': sum(p.numel() for p in model.parameters()),
         'first_step_s': start + first / 1000,
         'ms_per_step': ms,
         'ms_spread': [times[n // 10], times[-1 - n // 10]],
-        'mfu': step_flops(c, n_parameters) / ms / 1e9 / rate,
+        'rows_per_s': 1000 * c['batch_size'] / ms,
+        'communication': communication(step, ms) if device.type == 'cuda' else None}
+
+def compare(c, n, device, dtype, compile):
+    """The same beside plain PyTorch, and as a share of what the device can do."""
+    row = measure(c, n, device, dtype, compile)
+    rate = matmul_rate(device, dtype)
+    model = build(c, torch.Generator().manual_seed(0)).to(device)
+    plain, _ = timed(plain_step(model, c, *random_rows(c, device), dtype), n, device)
+    return row | {
+        'mfu': step_flops(c, row['parameters']) / row['ms_per_step'] / 1e9 / rate,
         'matmul_tflops': rate,
         'reference_ms': plain[n // 2],
-        'ratio': plain[n // 2] / ms}
-    for key, value in result.items():
-        print(f'{key:16s} {value}')
-    write_json(f'out/bench/{name}.json', result)
+        'ratio': plain[n // 2] / row['ms_per_step']}
+
+def add_scaling(rows, c, *how):
+    """The rows of a table with those of this number of GPUs: at equal global batch, and at batch_size rows a GPU."""
+    _, world = processes()
+    rows = [row for row in rows if row['gpus'] != world]
+    for batch_size in dict.fromkeys((c['batch_size'], c['batch_size'] * world)):
+        row = measure(c | {'batch_size': batch_size}, *how)
+        one = next((other for other in rows if other['gpus'] == 1), row)
+        rows.append(row | {'ratio': row['rows_per_s'] / one['rows_per_s']})
+    return rows
+
+def main(cfg):
+    check(cfg)
+    device, dtype, compile = machine(cfg.device, cfg.dtype, cfg.compile)
+    c = resolve(cfg, {'vocab_size': cfg.vocab_size, 'block_size': cfg.block_size})
+    c['max_iters'] = WARMUP + cfg.bench_steps + PROFILED
+    how = cfg.bench_steps, device, dtype, compile
+    name = os.path.basename(cfg.files[-1]).removesuffix('.py') if cfg.files else 'default'
+    path = f'out/bench/{name}_scaling.json' if cfg.scaling else f'out/bench/{name}.json'
+    found = {**versions(device), 'config': name, 'dtype': dtype, 'compiled': compile}
+    with memory_errors('a lower --batch_size needs less, and is another benchmark'):
+        if cfg.scaling:
+            before = read_json(path) or {'rows': []}
+            found['rows'] = add_scaling(before['rows'], c, *how)
+        else:
+            found |= compare(c, *how)
+    if processes()[0] == 0:
+        print(json.dumps(found, indent=1))
+        write_json(path, found)
 
 if __name__ == '__main__':
     command(main, __file__, stages=SCRIPTS)

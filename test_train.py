@@ -228,10 +228,10 @@ def test_layers_and_arms_share_compiled_code(monkeypatch):
 # -----------------------------------------------------------------------------
 # processes and micro-batches
 
-def start(folder, *args, n=1):
-    """The command of a run of n processes, or of one with as many micro-batches."""
+def start(script, *args, n=1):
+    """The command of a script in n processes."""
     torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--standalone'] if n > 1 else []
-    return [*torchrun, os.path.join(HERE, 'train.py'), *args, f'--out_dir={folder}']
+    return [*torchrun, os.path.join(HERE, script), *args]
 
 @pytest.mark.parametrize('n, muon_lr, grad_accum', ((2, 0.02, 2), (2, 0.0005, 1), (4, 0.0005, 1)))
 def test_processes_and_micro_batches_match_one(dataset, tmp_path, n, muon_lr, grad_accum):
@@ -242,19 +242,29 @@ def test_processes_and_micro_batches_match_one(dataset, tmp_path, n, muon_lr, gr
             '--max_iters=20', f'--data_dir={dataset}', '--order=topic', '--eval_interval=5', f'--muon_lr={muon_lr}']
     alone = f'--grad_accum={grad_accum}'
     run_of = lambda name: f'{tmp_path}/{name}/mha_topic_ordered_rope/seed0'
-    kill_at(7, run_of('killed'), start(f'{tmp_path}/killed', *args, n=n))
-    commands = {'many': start(f'{tmp_path}/many', *args, n=n), 'one': start(f'{tmp_path}/one', *args, alone),
-                'killed': start(f'{tmp_path}/killed', *args, alone)}
-    for command in commands.values():
+    kill_at(7, run_of('killed'), start('train.py', *args, f'--out_dir={tmp_path}/killed', n=n))
+    for name, extra, world in (('many', '--grad_accum=1', n), ('one', alone, 1), ('killed', alone, 1)):
+        command = start('train.py', *args, extra, f'--out_dir={tmp_path}/{name}', n=world)
         done = subprocess.run([sys.executable, *command], env=ENV, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    many, one, killed = map(run_of, commands)
+    many, one, killed = map(run_of, ('many', 'one', 'killed'))
     assert len(losses(one)) == 21 and np.ptp(losses(one)[1:, 0]) > 0.01            # it is learning
     for other in (many, killed):
         a, b = weights(other), weights(one)
         worst = max(float((a[k] - b[k]).norm() / b[k].norm()) for k in b)
         print(n, muon_lr, abs(losses(other) - losses(one)).max(), worst)
         assert abs(losses(other) - losses(one)).max() < 1e-4 and worst < 1e-3
+
+def test_bench_compares_numbers_of_processes(tmp_path):
+    """One process, then two: a table in which each has its rows, at equal global batch and at as many rows each."""
+    args = [*TINY, '--vocab_size=20', '--block_size=32', '--bench_steps=10', '--scaling=True']
+    for n in (1, 2, 2):
+        command = [sys.executable, *start('bench.py', *args, n=n)]
+        done = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, same, more = json.load(open(tmp_path / 'out/bench/default_scaling.json'))['rows']
+    assert [(row['gpus'], row['batch_size']) for row in (one, same, more)] == [(1, 8), (2, 8), (2, 16)]
+    assert more['ratio'] == pytest.approx(16 / more['ms_per_step'] / (8 / one['ms_per_step'])) and one['ratio'] == 1
 
 # -----------------------------------------------------------------------------
 # DroPE
