@@ -310,9 +310,9 @@ def number(values, form):
     return format(mean, form) + ('' if low is None else ' ± ' + format(mean - low, form).lstrip('+'))
 
 def chance(rows, key):
-    """What a measure is without structure, mean over rows."""
+    """What a measure is without structure, mean over the trained runs."""
     path = MEASURES[key].chance
-    levels = [part(row, path) if path else 0 for row in rows]
+    levels = [part(row, path) if path else 0 for row in pick(rows, recal_steps=None) or rows]
     return runs.show(None if None in levels else np.mean(levels), MEASURES[key].format)
 
 def rows_table(rows, columns, form=''):
