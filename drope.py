@@ -32,7 +32,7 @@ recal_lr_scale = (1.0,)     # the parent's learning rates times this; one for al
 grad_accum = 1              # micro-batches a step is cut into: less memory, the same mathematics [1, 2**31)
 device = ''                 # cpu, cuda, cuda:1; '' = cuda where there is one
 dtype = ''                  # float32 or bfloat16 (autocast); '' = bfloat16 on cuda, float32 on cpu
-compile: bool = None        # torch.compile; none = on with cuda, off on cpu
+compile: bool = None        # torch.compile; none = with cuda, from a thousand steps on
 
 # -----------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ def muon_step(grad, momentum, master, weights, lr, weight_decay, clip):
     update = newton_schulz(x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
     rate = lr * math.sqrt(max(1, update.size(1) / update.size(2)))
     master.mul_(1 - lr * weight_decay).sub_(update.float() * rate)
-    if weights is not master:
+    if weights.dtype != master.dtype:                       # else they are one tensor
         weights.copy_(master)
 
 class Muon:

@@ -216,7 +216,7 @@ def compared(rows, contrast, where, measure, numbers=numbers):
         curves = [curve for curve in curves if curve]       # one shuffle will do, for pairs two are needed
         if len(curves) > 1 + (measure in PAIRS):
             x = np.array(numbers(curves, measure), float)
-            d, *renamed = (len(x) * x - x.sum()) / (len(x) - 1)         # each minus the mean of the others
+            d, *renamed = x - (x.sum() - x) / (len(x) - 1)  # each minus the mean of the others
             if np.isfinite(d):                              # sorted: no shuffle is the first
                 found[seed] = [d, *sorted(renamed)] if measure in PAIRS else [d, -d]
     d = [x[0] for x in found.values()]
@@ -367,7 +367,7 @@ Middle layer: n_layer // 2. A dash: undefined.
 """
 ONE_SEED = """One seed shows what all arms share, such as what becomes of P after DroPE; a difference between two arms
 may be chance, and has no interval (--seeds=0,1) and no p (below .05 only from 6 seeds on)."""
-SEVERAL = '±: half-width of the 95% t-interval over n seeds. Tests: summary.md; under 6 seeds no p is below .05.'
+SEVERAL = '±: half-width of the 95% t-interval over n seeds. Tests: further down in summary.md; under 6 seeds no p is below .05.'
 EFFECTS = """## Paired differences
 
 **Primary**, named beforehand: {primary}; after DroPE it has a p only if p <= .05 with RoPE kept. Base: mean of a seed's
