@@ -325,8 +325,8 @@ def analyse(cfg):
     clock = time.time()
     c, model, data, device = open_finished(cfg.run, cfg.device)
     records = runs.read_log(cfg.run)
-    if not records:
-        raise SystemExit(f'{cfg.run}/log.jsonl: is gone; delete the folder and train again')
+    if not records or records[-1]['val_loss'] is None:
+        raise SystemExit(f'{cfg.run}/log.jsonl: its last line is gone; delete the folder and train again')
     rows = validation_rows(cfg, c, data, device)
     if not cfg.causal:
         return unmasked(cfg.run, model, rows)

@@ -148,13 +148,15 @@ def compare(c, n, device, dtype, compile):
         'ratio': plain[n // 2] / row['ms_per_step']}
 
 def add_scaling(rows, c, *how):
-    """The rows of a table with those of this number of GPUs: at equal global batch, and at batch_size rows a GPU."""
+    """The rows of a table with those of this number of GPUs: at equal global batch, and at batch_size rows a GPU. Their
+    ratio is to one GPU, where that is in the table."""
     _, world = processes()
     rows = [row for row in rows if row['gpus'] != world]
     for batch_size in dict.fromkeys((c['batch_size'], c['batch_size'] * world)):
-        row = measure(c | {'batch_size': batch_size}, *how)
-        one = next((other for other in rows if other['gpus'] == 1), row)
-        rows.append(row | {'ratio': row['rows_per_s'] / one['rows_per_s']})
+        rows.append(measure(c | {'batch_size': batch_size}, *how))
+    one = [row['rows_per_s'] for row in rows if row['gpus'] == 1]
+    for row in rows:
+        row['ratio'] = row['rows_per_s'] / one[0] if one else None
     return rows
 
 def main(cfg):
@@ -168,8 +170,9 @@ def main(cfg):
     found = {**versions(device), 'config': name, 'dtype': dtype, 'compiled': compile}
     with memory_errors('a lower --batch_size needs less, and is another benchmark'):
         if cfg.scaling:
-            before = read_json(path) or {'rows': []}
-            found['rows'] = add_scaling(before['rows'], c, *how)
+            before = read_json(path) or {}
+            same = before.get('device') == found['device']  # another device's rows are another table
+            found['rows'] = add_scaling(before['rows'] if same else [], c, *how)
         else:
             found |= compare(c, *how)
     if processes()[0] == 0:

@@ -42,18 +42,22 @@ def source(path):
 @functools.cache
 def block(script):
     """
-    {key: Setting} of a script, read from its source without importing it: its top-level assignments, a line each. The
-    type of a default is the type a value must have; a key that may also be None is annotated: `n_kv_head: int = None`.
+    {key: Setting} of a script, read from its source without importing it: its first top-level assignments. The type of
+    a default is the type a value must have; a key that may also be None is annotated: `n_kv_head: int = None`.
     """
     keys, scratch = {}, {}
-    for line in source(script).splitlines():
-        if line.startswith(('def ', 'class ', '@')):
+    whole = source(script)
+    for node in ast.parse(whole).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
-        setting = re.match(r'([a-z][a-z0-9_]*)(?:: (\w+))? = (.+?) *(?:# (.*))?$', line)
+        text = ast.unparse(node)
+        setting = re.match(r'([a-z][a-z0-9_]*)(?:: (\w+))? = ', text)
         if not setting:
             continue
-        key, annotation, text, comment = setting.groups('')
-        scratch[key] = value = eval(text, scratch)
+        key, annotation = setting.groups()
+        exec(text, scratch)
+        value = scratch[key]
+        _, _, comment = whole.splitlines()[node.lineno - 1].partition('# ')
         kind = eval(annotation) if annotation else type(value)
         if kind is tuple:
             kind = type(value[0])

@@ -153,7 +153,7 @@ def plot_heads(exp):
     positions = names(rows, 'positions')
     if not arms:
         return 'no row has P'
-    limit = np.clip(abs(over_seeds(rows, 'heads.score_p')).max(), 0.1, 1)
+    limit = np.clip(np.nanmax(abs(over_seeds(rows, 'heads.score_p'))), 0.1, 1)
     equal, posterior = (over_seeds(rows, f'bigram.{name}.score_p') for name in ('equal', 'posterior'))
     levels = [runs.show(x.mean() if x.size else None, '+.2f') for x in (equal, posterior)]
     fig, axes = canvas(

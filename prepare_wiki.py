@@ -9,7 +9,7 @@ Phases: articles (cleaned, no stubs, no duplicates), vectors, clusters, tokenize
 work_dir, named by what it depends on: what is done is skipped, and another n_topics reuses the vectors. Neither memory
 nor what a kill loses grows with the corpus: a phase goes on after its last file (of CHUNK articles; rows of PART), and
 what is fitted is fitted to SAMPLE articles. Tokenizer and training rows come from the training articles alone. Machines
-differ in the last digits of vectors, so in rows: --topics_from=results/wiki takes the labels there.
+differ in the last digits of vectors, so in rows: --topics_from=FOLDER takes the labels of a dataset there.
 """
 import base64
 import fnmatch

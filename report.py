@@ -3,7 +3,6 @@ What finished runs allow to be said: statistics and tables, from the rows of an 
 Reads runs.jsonl of an experiment folder, or the row.json of its runs. Writes summary.md there.
     python report.py out/demo
     python report.py results/structured         # published rows are enough
-
 A seed, one (data, initialisation) pair that all arms share, is the unit of every interval and test.
 """
 import functools
@@ -248,15 +247,18 @@ def effects(header, rows):
             e['kind'] = MEASURES[measure].role
         if contrast['named'] and (measure, where) == (primary, at):
             e['kind'] = 'primary'
-            if at == 'drope' and measure not in PAIRS:
-                kept = compared(rows, contrast, 'kept', measure)['p'] or 1      # it is read where RoPE kept shows it
-                e['p'] = e['p'] if kept <= 0.05 else None
+            gate(e, compared(rows, contrast, 'kept', measure))
         if e['n'] and (measure != 'profile' or reliability(rows, e) >= 0.8):
             found.append(e)
     tested = pick(found, kind='tested')
     for attention in names(tested, 'attention'):
         adjust(pick(tested, attention=attention))
     return found
+
+def gate(e, kept):
+    """The primary contrast has a p after DroPE only where RoPE kept shows it; of PAIRS it has one always."""
+    if e['named'] and e['where'] == 'drope' and e['measure'] not in PAIRS and (kept['p'] or 1) > 0.05:
+        e['p'] = None
 
 def reliability(rows, e):
     """Of the profiles of P that an effect compares: of odd with even rows, mean over runs."""
@@ -279,6 +281,7 @@ def course(header, rows):
         at = pick(rows, recal_steps=None) + pick(rows, recal_steps=steps)
         c = {where: compared(at, contrast, where, measure) for where in ('rope', 'kept', 'drope')}
         if c['kept']['n'] and c['drope']['n']:
+            gate(c['drope'], c['kept'])
             ratio = fieller(c['drope']['differences'], c['kept']['differences'])
             found.append(contrast | c | {'steps': steps, 'ratio': ratio})
     return found
@@ -328,10 +331,6 @@ def rows_table(rows, columns, form=''):
     if not form:
         lines.insert(0, ['chance', *(chance(rows, key) for key in columns), ''])
     return table(['Condition', *columns.values(), 'n'], lines)
-
-def measures_table(rows, keys):
-    """The log's table: measures of every condition, and what chance gives."""
-    return rows_table(rows, {key: MEASURES[key].heading for key in keys})
 
 def tested(e):
     """An effect as text, with what is known of it."""
@@ -410,7 +409,6 @@ Effective rank of the singular values of QK (at distance 0) and OV, mean over he
         'mean.ov_rank': 'OV rank', 'uniform.ov_rank': 'at initialisation'}))
 
 def section(text, lines):
-    """A section of the report; nothing where there are no lines."""
     return [text, '', *lines] if lines else []
 
 def summary(header, rows, figures=()):
@@ -419,13 +417,15 @@ def summary(header, rows, figures=()):
     primary = f'{MEASURES[measure].heading}, {arm} - base, {where}'
     trained = pick(rows, recal_steps=None)
     found = effects(header, rows)
+    headings = {key: m.heading for key, m in MEASURES.items() if key not in PAIRS}
+    short = {key: headings[key] for key in (*SHORT, 'best_p')}
     named = [e for e in found if e['named'] and e['where'] in FAMILY]
     lines = [
         f'# {header["experiment"]}', '', f'{header["device"]}, torch {header["versions"]["torch"]}.', '',
-        *measures_table(pick(rows, main=True), (*SHORT, 'best_p')),
+        *rows_table(pick(rows, main=True), short),
         *effects_table(named, SHORT, itemgetter('text')),
         SEVERAL if len(names(rows, 'seed')) > 1 else ONE_SEED, '',
-        MAIN, *measures_table(rows, [key for key in MEASURES if key not in PAIRS]),
+        MAIN, *rows_table(rows, headings),
         *section(EFFECTS.format(primary=primary), effects_table(found, names(found, 'measure'))),
         *section(COURSE, course_table(course(header, rows))),
         *section(MATCHED, effects_table(matched(header, rows), ('score_p', 'probe')))]

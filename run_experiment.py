@@ -188,6 +188,8 @@ def share(cfg, plan):
 
 def run_arm(cfg, arm, seed):
     """Train an arm of one seed, drop and keep RoPE, analyse each; what is done is skipped."""
+    if ended:
+        raise SystemExit                                    # the pool hands on what it had taken already
     plan = arm_runs(cfg, arm, seed)
     with runs.locked(os.path.join(plan[0].folder, 'arm')):  # all of it: what is deleted may be another's
         make_arm(cfg, arm, seed, plan)
@@ -230,8 +232,12 @@ def end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
 
+ended = False
+
 def leave(*_):
     """A process of the pool ends in good order, and says nothing."""
+    global ended
+    ended = True
     raise SystemExit
 
 def stop(*_):
@@ -330,7 +336,7 @@ def take_published(everything, published):
     """What is published is read like the rest: its rows are put into the folders of their runs."""
     for run in everything:
         row = row_of(run, published)
-        if row:
+        if row and row != runs.read_row(run.folder):        # it is elsewhere, or of another main length
             runs.open_run(run.folder, run.config)           # stops where a run with other settings is
             runs.write_json(os.path.join(run.folder, 'row.json'), row)
 
@@ -392,7 +398,8 @@ def main(cfg):
                          'would be lost; add its arm and seed, or delete it')
 
     # ---- data, every arm, the report
-    take_published(everything, published)
+    with runs.locked(f'{cfg.out_dir}/report', wait=True):   # parts may begin at once
+        take_published(everything, published)
     if todo:
         run_arms(cfg, todo, plan)
     missing = sum(row_of(run, {}) is None for run in everything)

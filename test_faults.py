@@ -56,8 +56,8 @@ def test_the_second_writer_is_refused(dataset, place):
     assert (place / 'seed0.tmp-1').is_dir()
 
 def test_sigterm_ends_the_children_too(place):
-    """Two arms at a time, a long training: after SIGTERM no process of the group is left."""
-    args = ['tiny.py', '--arms=mha_shuffled,mha_topic_ordered', '--jobs=2', '--max_iters=100000']
+    """A long training, other arms in the queue: after SIGTERM no process of the group is left."""
+    args = ['tiny.py', '--arms=mha_topic_ordered,mha_shuffled,mha_pseudo', '--jobs=1', '--max_iters=100000']
     process = subprocess.Popen([sys.executable, f'{HERE}/run_experiment.py', *args], cwd=place, env=ENV,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = f'{place}/out/tiny/mha_topic_ordered_rope/seed0/log.jsonl'

@@ -183,6 +183,15 @@ def test_null_is_calibrated(repeats):
     P, O = out['score_p'], out['score_o']
     assert (P[:2] > 2).all() and (O[:2] > 4).all() and (O[2:4] > 0.05).all()
 
+@pytest.mark.parametrize('repeats', (False, True))
+def test_boundaries_move_p_and_leave_o_alone(repeats):
+    """Heads on the own run, leaking past it, and on the runs before know no topic."""
+    z = make_rows(400, T=256, min_run=32, seed=2, repeats=repeats)
+    out = measured(streamed(run_heads, z), 1000)
+    P, O, oz = (np.array(out[key])[:3] for key in ('score_p', 'score_o', 'o_z'))
+    assert P[0] > 4 and 0.2 < P[1] < 0.6 and P[2] < -0.4
+    assert (np.abs(O) < 0.04).all() and (np.abs(oz) < 3).all()
+
 def test_undefined_is_nan():
     def self_alone(z):
         return torch.eye(z.shape[1]).double().expand(len(z), 1, -1, -1)

@@ -258,7 +258,7 @@ def test_processes_and_micro_batches_match_one(dataset, tmp_path, n, muon_lr, gr
 def test_bench_compares_numbers_of_processes(tmp_path):
     """One process, then two: a table in which each has its rows, at equal global batch and at as many rows each."""
     args = [*TINY, '--vocab_size=20', '--block_size=32', '--bench_steps=10', '--scaling=True']
-    for n in (1, 2, 2):
+    for n in (2, 1, 2):
         command = [sys.executable, *start('bench.py', *args, n=n)]
         done = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
