@@ -8,7 +8,6 @@ A seed, one (data, initialisation) pair that all arms share, is the unit of ever
 import functools
 import glob
 import itertools
-import os
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -439,8 +438,8 @@ def main(cfg):
     if len(cfg.paths) != 1:
         raise SystemExit('report.py takes an experiment folder: report.py out/demo')
     folder, = cfg.paths
-    figures = os.path.join(folder, 'figures')
-    path = os.path.join(folder, 'summary.md')
+    figures = f'{folder}/figures'
+    path = f'{folder}/summary.md'
     text = summary(*runs.open_rows(folder), sorted(glob.glob('*.png', root_dir=figures)))
     runs.write_text(path, text)
     print(text.split('\n## ')[0])
