@@ -108,7 +108,8 @@ def plot_loss(exp):
         late = np.isfinite(loss) & (steps >= steps[-1] / 10)
         ax = axes[0, int(row['recal_steps'] is not None)]
         line = LINES.get(row['positions'], (0, (1, 4)))
-        ax.plot(steps[late], loss[late], color=exp.colour[row['arm']], ls=line, label=f'{name} {loss[-1]:.3f}')
+        style = {'color': exp.colour[row['arm']], 'ls': line, 'marker': '.'}
+        ax.plot(steps[late], loss[late], label=f'{name} {loss[-1]:.3f}', **style)
     for ax, title in zip(axes[0], ('training', 'recalibration')):
         ax.set(title=title, xlabel='steps', ylabel='loss (nats per token)', ylim=ax.get_ylim())
         for name, style in zip(exp.main[0]['references'], STYLES):
@@ -327,11 +328,12 @@ def plot_course(exp):
     measure = report.MEASURES[exp.header['compare']['primary'][0]]
     fig, axes = canvas(
         exp, f'{measure.heading}: what order leaves, by recalibration ({exp.note})',
-        'Arm minus base. Level: trained, with RoPE; dashed: recalibrated with RoPE kept; dotted: dropped; faint: '
-        'seeds. Bars and bands: 95% interval of the mean. Bands: the controls, dropped (the schedule without its '
-        'topics; another shuffle).',
+        'Arm minus base. Level: trained, with RoPE; dashed, squares: recalibrated with RoPE kept; dotted, circles: '
+        'dropped; faint: seeds. Bars and bands: 95% interval of the mean. Bands: the controls, dropped (the schedule '
+        'without its topics; another shuffle).',
         (1, 1), 4.2)
     ax, = axes.flat
+    ax.axhline(0, color=GREY, lw=1)
     for label in names(found, 'label'):
         draw_course(exp, ax, pick(found, label=label))
     ax.set(xscale='log', xlabel='steps of recalibration', ylabel=f'difference ({measure.unit})')
@@ -349,13 +351,13 @@ def draw_course(exp, ax, course):
     colour = exp.colour[first['arms'][0]]
     if first['named'] and first['rope']['n']:
         ax.axhline(first['rope']['mean'], color=colour, label=first['rope']['label'])
-    for where, shift in (('kept', 0.98), ('drope', 1.02)):  # beside one another
+    for where, marker, shift in (('kept', 's', 0.98), ('drope', 'o', 1.02)):    # beside one another
         line = [c[where] for c in course]
         steps = [c['steps'] * shift for c in course]
         low, mean = (np.array([e[key] for e in line], float) for key in ('low', 'mean'))
         style = {'color': colour, 'ls': LINES[where]}
         if first['named']:
-            ax.errorbar(steps, mean, mean - low, marker='o', label=line[0]['label'], **style)
+            ax.errorbar(steps, mean, mean - low, marker=marker, label=line[0]['label'], **style)
             for seed in line[0]['differences']:
                 ax.plot(steps, [e['differences'].get(seed, np.nan) for e in line], alpha=0.2, **style)
         elif where == 'drope' and first['order'] in (exp.header['compare']['placebo'], report.SHUFFLES[1]):
