@@ -365,7 +365,7 @@ Middle layer: n_layer // 2. A dash: undefined.
 """
 ONE_SEED = """One seed shows what all arms share, such as what becomes of P after DroPE; a difference between two arms
 may be chance, and has no interval (--seeds=0,1) and no p (below .05 only from 6 seeds on)."""
-SEVERAL = '±: half-width of the 95% t-interval over n seeds. Tests: further down in summary.md; no p is below .05 for n < 6.'
+SEVERAL = '±: half-width of the 95% t-interval over n seeds. Tests: below, in summary.md; n under 6 has no p below .05.'
 EFFECTS = """## Paired differences
 
 **Primary**, named beforehand: {primary}; after DroPE it has a p only if p <= .05 with RoPE kept. Base: mean of a seed's
