@@ -233,7 +233,7 @@ def start(script, *args, n=1):
     torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--standalone'] if n > 1 else []
     return [*torchrun, os.path.join(HERE, script), *args]
 
-@pytest.mark.parametrize('n, muon_lr, grad_accum', ((2, 0.02, 2), (2, 0.0005, 1), (4, 0.0005, 1)))
+@pytest.mark.parametrize('n, muon_lr, grad_accum', ((2, 0.02, 2), (4, 0.0005, 1)))
 def test_processes_and_micro_batches_match_one(dataset, tmp_path, n, muon_lr, grad_accum):
     """n gloo processes, also killed and ended by one, against one at equal global batch. At full rates only where
     gradients are summed in the same order, as with two micro-batches: Muon enlarges what holds next to nothing, 1e-7
