@@ -47,6 +47,7 @@ def block(script):
     """
     keys, scratch = {}, {}
     whole = source(script)
+    lines = whole.splitlines()
     for node in ast.parse(whole).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
@@ -57,7 +58,7 @@ def block(script):
         key, annotation = setting.groups()
         exec(text, scratch)
         value = scratch[key]
-        _, _, comment = whole.splitlines()[node.lineno - 1].partition('# ')
+        _, _, comment = lines[node.lineno - 1].partition('# ')
         kind = eval(annotation) if annotation else type(value)
         if kind is tuple:
             kind = type(value[0])

@@ -18,7 +18,6 @@ import os
 import zlib
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 import data_synth
