@@ -60,11 +60,13 @@ def test_commands(tmp_path, monkeypatch):
 def test_tables_and_names():
     """A number in a table of results stands in the file linked before it; the tests and files that are named exist."""
     assert len(README.encode()) <= 16 * 1024 and README.count('\n') <= 260
-    checked = 0
-    for line in README.split('\n## Results\n')[1].splitlines():
+    checked, published = 0, ''
+    for line in README.splitlines():
+        if line.startswith('## '):
+            published = ''                                  # a section without such a link has other tables
         for path in re.findall(r'\]\((results/[^\s)]+\.(?:md|json))\)', line):
             published = source(path)
-        cells = re.findall(r'(?<=\| )[-+]?\d[-\d.e%± ]*(?= \|)', line)
+        cells = re.findall(r'(?<=\| )[-+]?\d[-\d.e%± ]*(?= \|)', line) if published else []
         assert all(cell in published for cell in cells), line
         checked += len(cells)
     names = re.findall(r'`(test_\w+)`', README)
