@@ -336,33 +336,24 @@ def main(cfg):
     check(cfg)
     device, *_ = machine(cfg.device)
     folder = f'{cfg.data_dir}/seed{cfg.seed}'
-    with locked(folder):
-        make(cfg, folder, device)
-    return folder
-
-def make(cfg, folder, device):
-    """The dataset of a seed, unless it is there."""
     meta = parameters(cfg)
-    if shards.is_there(folder, meta):
-        print(f'{folder} is there, with these parameters')
-        return
+    with locked(folder):
+        if shards.is_there(folder, meta):
+            print(f'{folder} is there, with these parameters')
+            return folder
 
-    tables, sums, row_of, train_stream, val_stream = make_chains(cfg, device)
-    segments = cfg.min_segments, cfg.max_segments
-    train, train_topics = draw_rows(cfg, train_stream, cfg.train_rows, segments, sums, row_of)
-    val, val_topics = draw_rows(cfg, val_stream, cfg.val_rows, VAL_SEGMENTS, sums, row_of)
-    del sums                                                # 0.7 GB in Run 1
-    posterior, references = observe(cfg, val, val_topics, (tables, row_of))
+        tables, sums, row_of, train_stream, val_stream = make_chains(cfg, device)
+        segments = cfg.min_segments, cfg.max_segments
+        train = draw_rows(cfg, train_stream, cfg.train_rows, segments, sums, row_of)
+        val = draw_rows(cfg, val_stream, cfg.val_rows, VAL_SEGMENTS, sums, row_of)
+        del sums                                            # 0.7 GB in Run 1
+        posterior, references = observe(cfg, *val, (tables, row_of))
 
-    arrays = {
-        'train': train,
-        'train_topics': train_topics,
-        'val': val,
-        'val_topics': val_topics,
-        'val_posterior': posterior}
-    meta |= {'references': references, 'reference_rows': min(cfg.eval_rows, cfg.val_rows)}
-    shards.write(folder, arrays, meta)
+        arrays = dict(zip(shards.DTYPES, (*train, *val, posterior)))
+        meta |= {'references': references, 'reference_rows': min(cfg.eval_rows, cfg.val_rows)}
+        shards.write(folder, arrays, meta)
     print(f'{folder}, nats a token:', *[f'{key} {loss:.4f}' for key, loss in references.items()])
+    return folder
 
 
 if __name__ == '__main__':
