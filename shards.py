@@ -78,10 +78,8 @@ def write(folder, arrays, meta, extra=None):
         rows = {name: rows[name] for name in ('train', 'val') if name in arrays}
         meta = {**meta, 'rows': rows, 'files': files}
         if extra:
-            meta['extra'] = {}
-            for name, where in extra.items():
-                path = shutil.copy(f'{where}/{name}', temporary)
-                meta['extra'][name] = file_entry(path)
+            meta['extra'] = {name: file_entry(shutil.copy(f'{where}/{name}', temporary))
+                             for name, where in extra.items()}
         write_json(f'{temporary}/meta.json', meta)
         read(temporary)                                     # what the reader would refuse never gets the final name
 
