@@ -14,8 +14,8 @@ multiplies two large random matrices of the same type.
 """
 import itertools
 import json
-import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -153,7 +153,7 @@ def main(cfg):
     c = resolve(cfg, {'vocab_size': cfg.vocab_size, 'block_size': cfg.block_size})
     c['max_iters'] = WARMUP + cfg.bench_steps
     how = cfg.bench_steps, device, dtype, compile
-    name = os.path.basename(cfg.files[-1]).removesuffix('.py') if cfg.files else 'default'
+    name = Path(cfg.files[-1]).stem if cfg.files else 'default'
     path = f'out/bench/{name}_scaling.json' if cfg.scaling else f'out/bench/{name}.json'
     found = {**versions(device), 'config': name, 'dtype': dtype, 'compiled': compile}
     with memory_errors('a lower --batch_size needs less, and is another benchmark'):

@@ -14,8 +14,8 @@ and 0 where it is 0, as for a key that the layer does not allow. Sums over keys 
 """
 import base64
 import json
-import os
 import zlib
+from os.path import exists, getsize
 from types import SimpleNamespace
 
 import torch
@@ -38,8 +38,8 @@ view_rows = (0, 1)          # validation rows to choose from [0, 2**31)
 
 def texts(folder, ids):
     """Tokens as one reads them: text where the dataset has a tokenizer, else their ids."""
-    path = os.path.join(folder, 'tokenizer.json')
-    if not os.path.exists(path):
+    path = f'{folder}/tokenizer.json'
+    if not exists(path):
         return [str(i) for i in ids]
     from tokenizers import Tokenizer                        # only here
     tokenizer = Tokenizer.from_file(path)
@@ -127,9 +127,9 @@ def main(cfg):
         'filter': filter_losses(data.meta, tokens),
         'runs': shown})
     text = json.dumps(page).replace('<', '\\u003c')         # no token ends the script element
-    path = os.path.join(cfg.run, 'view.html')
+    path = f'{cfg.run}/view.html'
     runs.write_text(path, source('view_template.html').replace('{{page}}', text))
-    print(f'{path}: {os.path.getsize(path) / 1e6:.1f} MB; open it in a browser')
+    print(f'{path}: {getsize(path) / 1e6:.1f} MB; open it in a browser')
 
 if __name__ == '__main__':
     command(main, __file__)
