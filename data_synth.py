@@ -11,6 +11,7 @@ training rows there are or how they are cut. The same seed gives the same tokens
 uniforms and sums the tables, the device only searches them.
 Run 1 (110K rows of 513, filter and references included): 56 s of one CPU core and 1.8 GiB.
 """
+import functools
 import math
 from os.path import exists
 
@@ -135,8 +136,8 @@ def draw_segments(rng, chain, rows, length, low, high, shortest):
     n = rng.integers(low, high + 1, rows)
     lengths = np.zeros((rows, high), np.int64)
     for k in range(low, high + 1):
-        which = np.flatnonzero(n == k)
-        lengths[which, :k] = shortest + spread(rng, len(which), length - k * shortest, k)
+        which = n == k
+        lengths[which, :k] = shortest + spread(rng, which.sum(), length - k * shortest, k)
     return lengths
 
 
@@ -198,6 +199,7 @@ def spread_chance(chain, tokens, segments):
     return stats.dirichlet_multinomial.pmf(tokens, np.maximum(segments, 1e-307), total)
 
 
+@functools.cache
 def hazard_table(chain, length, low, high, shortest):
     """
     H fp64 [length, length]: H[s, t] = P(token t begins a new segment | the last one began at s), by the prior of
@@ -260,6 +262,12 @@ def bayes_filter(lik, hazard, repeats):
     return torch.stack(expected), torch.stack(posterior)
 
 
+def filtered(cfg, lik):
+    """bayes_filter of validation rows, whose segments all datasets draw alike."""
+    hazard = hazard_table(cfg.chain, cfg.block_size + 1, *VAL_SEGMENTS, cfg.min_segment_len)
+    return bayes_filter(lik, torch.from_numpy(hazard).to(lik.device), cfg.repeats)
+
+
 def topic_given_token(tables):
     """
     P(z | x) by the stationary token frequencies of each chain, fp64 [V, T]: all that a topic-blind bigram knows of the
@@ -283,8 +291,6 @@ def observe(cfg, tokens, topics, tables):
     losses {'uniform', 'bigram', 'filter', 'oracle'}: mean nats over the predicted tokens of the first eval_rows rows.
     """
     device = tables[0].device
-    hazard = hazard_table(cfg.chain, cfg.block_size + 1, *VAL_SEGMENTS, cfg.min_segment_len)
-    hazard = torch.from_numpy(hazard).to(device)
     prior = topic_given_token(tables)
     posteriors = []
     losses = []
@@ -292,9 +298,9 @@ def observe(cfg, tokens, topics, tables):
         x, z = (torch.from_numpy(a[start:start + 256].astype(int)).to(device) for a in (tokens, topics))
         lik = likelihood(x, tables)                         # [S-1, B, T]
         bigram = (lik * prior[x[:, :-1].T]).sum(2)          # [S-1, B]
-        filtered, posterior = bayes_filter(lik, hazard, cfg.repeats)
+        expected, posterior = filtered(cfg, lik)
         oracle = lik.gather(2, z.T[1:, :, None]).squeeze(2)
-        p = torch.stack([bigram, filtered, oracle], 2)
+        p = torch.stack([bigram, expected, oracle], 2)
         losses.append(-p.log().mean(0).cpu())
         posteriors.append(posterior.transpose(0, 1).half().cpu())
     losses = torch.cat(losses)[:cfg.eval_rows].numpy().mean(0).tolist()

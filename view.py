@@ -52,9 +52,7 @@ def filter_losses(meta, tokens):
         return None
     made = SimpleNamespace(**meta)
     P, _, row_of, *_ = data_synth.make_chains(made, 'cpu')
-    hazard = data_synth.hazard_table(made.chain, made.block_size + 1, *data_synth.VAL_SEGMENTS, made.min_segment_len)
-    likelihood = data_synth.likelihood(tokens, (P, row_of))
-    expected, _ = data_synth.bayes_filter(likelihood, torch.from_numpy(hazard), made.repeats)
+    expected, _ = data_synth.filtered(made, data_synth.likelihood(tokens, (P, row_of)))
     return -expected.T.log()
 
 # -----------------------------------------------------------------------------
