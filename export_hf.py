@@ -61,8 +61,8 @@ def qwen3_config(c):
 
 def special_tokens(path, vocab_size):
     """
-    {'eos_token': token, ...} and {'eos_token_id': id, ...} of a tokenizer.json, what each is for told by its name. Stops
-    with one line if the file is broken or has tokens that a model of vocab_size does not have.
+    {'eos_token': token, ...} and {'eos_token_id': id, ...} of a tokenizer.json, what each is for told by its name.
+    Stops with one line if the file is broken or has tokens that a model of vocab_size does not have.
     """
     tokenizer = read_json(path, 'make the dataset again')
     try:
@@ -81,7 +81,7 @@ def special_tokens(path, vocab_size):
     return tokens, ids
 
 def main(cfg):
-    """Writes the folder cfg.out_dir from the run cfg.run; returns its name."""
+    """Writes the folder cfg.out_dir from the run cfg.run."""
     if not cfg.run or not cfg.out_dir:
         raise SystemExit('export_hf.py: --run=FOLDER, the trained run, and --out_dir=FOLDER, the folder to write')
     c = read_config(cfg.run)
@@ -109,7 +109,6 @@ def main(cfg):
                 **tokens})
     tokenizer = 'with its tokenizer' if has_tokenizer else f'no tokenizer ({source} is not there)'
     print(f'{cfg.out_dir}: {columns(c)["condition"]} as Qwen3, {tokenizer}')
-    return cfg.out_dir
 
 if __name__ == '__main__':
     command(main, __file__)
