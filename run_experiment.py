@@ -12,9 +12,7 @@ What is done is skipped: a run is done when a row with its settings is there, in
 results/, even where its checkpoint was deleted. A row that an older version of the measures made, or other
 settings of the analysis, is made again where the checkpoint is. Stop it at any time; the same command goes on.
 """
-import contextlib
 import importlib
-import itertools
 import multiprocessing
 import os
 import shutil
@@ -23,6 +21,8 @@ import sys
 import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout, suppress
+from itertools import chain, product
 from os.path import basename, exists, normpath
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -52,7 +52,7 @@ placebo = 'pseudo'          # the order that has the schedule of another, withou
 primary = ('score_p', 'topic_ordered', 'drope')     # named beforehand: measure, order - base, positions
 course_seeds: int = None    # further recalibration lengths, on the first so many seeds; none = all [1, 2**31)
 rows_from = ''              # a folder of results: its rows are taken where this plan has the same runs
-part = ''                   # '2/8': the second of eight shares of arms and seeds; '' = all of them
+part = '1/1'                # '2/8': the second of eight shares of arms and seeds
 jobs = 1                    # arms trained at a time, in as many processes, spread over the GPUs [1, 2**31)
 data_script = 'data_synth.py'   # makes the data: a script with main and parameters; '' = data_dir is a dataset
 dry_run = False             # print the plan and stop
@@ -110,11 +110,6 @@ def make_data(cfg, pairs):
         for at in stages.values():
             data_module(cfg).main(at)
 
-def make_languages(cfg, pairs):
-    """Their micro-languages, without a word."""
-    with contextlib.redirect_stdout(None):
-        make_data(cfg, pairs)
-
 def train_stage(cfg, arm, seed):
     """The training of an arm and seed."""
     settings = runs.arm_settings(arm, cfg.n_head)
@@ -129,7 +124,7 @@ def arm_runs(cfg, arm, seed):
     folder = runs.run_folder(cfg.out_dir, c)
     found = [Run(folder, c, None)]
     lengths = drope.schedules(cfg, c['max_iters']) if c['rope'] else {}
-    for (length, (steps, scale)), keep in itertools.product(lengths.items(), (False, True)):
+    for (length, (steps, scale)), keep in product(lengths.items(), (False, True)):
         if keep and not length:
             continue                                        # kept and trained no further is the parent
         further = None if length == cfg.recal_iters[0] else steps
@@ -169,14 +164,11 @@ def to_do(cfg, run, published):
     return stale and has_checkpoint(run)
 
 def share(cfg, plan):
-    """The arms and seeds of cfg.part: every n-th of them, those with most work first, which evens out the parts."""
-    if not cfg.part:
-        return list(plan)
+    """The arms and seeds of cfg.part: every n-th of them."""
     number, _, parts = cfg.part.partition('/')
     if not (number.isdecimal() and parts.isdecimal() and 0 < int(number) <= int(parts)):
         raise SystemExit(f'part = {cfg.part}: 2/8, say, is the second of eight')
-    by_work = sorted(plan, key=lambda pair: -sum(run.config['max_iters'] for run in plan[pair]))
-    return by_work[int(number) - 1::int(parts)]
+    return list(plan)[int(number) - 1::int(parts)]
 
 # -----------------------------------------------------------------------------
 # the work
@@ -191,11 +183,11 @@ def run_arm(cfg, arm, seed):
         todo = [run for run in plan if to_do(cfg, run, {})]
         if not has_checkpoint(parent) and not all(map(has_checkpoint, todo)):
             todo = plan                                     # another parent, to the bit, on a GPU: all of it anew
-            for run, name in itertools.product(plan, ('ckpt.pt', 'log.jsonl', 'row.json')):
-                with contextlib.suppress(FileNotFoundError):
+            for run, name in product(plan, ('ckpt.pt', 'log.jsonl', 'row.json')):
+                with suppress(FileNotFoundError):
                     os.remove(f'{run.folder}/{name}')
         for run in todo:
-            with contextlib.redirect_stdout(None):          # analyze.py tells of a run that is finished
+            with redirect_stdout(None):          # analyze.py tells of a run that is finished
                 if run is parent:
                     train.main(train_stage(cfg, arm, seed))
                 else:
@@ -233,10 +225,6 @@ def leave(*_):
     ended = True
     raise SystemExit
 
-def stop(*_):
-    """SIGTERM ends the processes of an experiment too."""
-    raise SystemExit('run_experiment.py: ended; the same command goes on')
-
 def watch(bar, mine):
     """Moves the bar to the steps that are made, and names the runs that have begun and have no row yet."""
     steps, now = 0, []
@@ -251,7 +239,7 @@ def watch(bar, mine):
 def run_arms(cfg, todo, plan):
     """
     The data and the arms, cfg.jobs at a time, in as many processes, each of which compiles once for all of its arms.
-    One bar, on a terminal; elsewhere a line for each run that is finished.
+    One bar, on a terminal; elsewhere a line for each dataset and each run that is finished.
     """
     jobs = min(cfg.jobs, len(todo))
     gpus = min(jobs, torch.cuda.device_count()) if cfg.device in ('', 'cuda') else 0
@@ -259,11 +247,11 @@ def run_arms(cfg, todo, plan):
     context = multiprocessing.get_context('spawn')
     pool = ProcessPoolExecutor(jobs, context, begin_worker, (jobs,))
     bar = tqdm(total=sum(run.config['max_iters'] for run in mine), unit='step', smoothing=0, disable=None)
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: it ends the workers too
     waiting = set()
     try:
         if cfg.data_script == 'data_synth.py':              # other data are there, shared by all seeds
-            pool.submit(make_languages, cfg, todo).result()
+            pool.submit(make_data, cfg, todo).result()
         for i, pair in enumerate(todo):
             device = f'cuda:{i % gpus}' if gpus else cfg.device
             own = SimpleNamespace(**vars(cfg) | {'device': device})
@@ -285,22 +273,6 @@ def run_arms(cfg, todo, plan):
 
 # -----------------------------------------------------------------------------
 # the end
-
-def compare_runs(cfg, plan):
-    """CKA of each run with the same of the arms before it, into its row."""
-    for (arm, seed), mine in plan.items():
-        for other in cfg.arms[:cfg.arms.index(arm)]:
-            for run, theirs in zip(mine, plan[other, seed]):
-                analyze.compare_states(run.folder, theirs.folder, cfg.device)
-
-def collect_examples(cfg, everything):
-    """examples.json of the experiment: the pictures of the first seed's main runs, those of kept RoPE aside."""
-    found = runs.read_json(f'{cfg.place}/examples.json') or {}
-    for run in everything:
-        own = runs.read_json(f'{run.folder}/example.json')
-        if own and run.config['seed'] == cfg.seeds[0] and not run.config['keep_rope'] and runs.is_main(run.folder):
-            found[runs.columns(run.config)['condition']] = own
-    runs.write_json(f'{cfg.out_dir}/examples.json', found)
 
 def check(cfg):
     """Stops with one line at the first setting that can't work."""
@@ -329,13 +301,21 @@ def take_published(everything, published):
 def make_report(cfg, plan, everything):
     """runs.jsonl, examples.json, figures and summary.md of the plan's runs."""
     for name in ('clusters.json', 'topics.md'):             # what the topics are, where they are clusters
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             shutil.copy(f'{cfg.data_dir}/{name}', cfg.out_dir)
-    compare_runs(cfg, plan)
+    for (arm, seed), mine in plan.items():                  # CKA with the arms before it, into the row
+        for other in cfg.arms[:cfg.arms.index(arm)]:
+            for run, theirs in zip(mine, plan[other, seed]):
+                analyze.compare_states(run.folder, theirs.folder, cfg.device)
     collect(cfg)
-    collect_examples(cfg, everything)
+    examples = runs.read_json(f'{cfg.place}/examples.json') or {}
+    for run in everything:                                  # the first seed's main runs, those of kept RoPE aside
+        own = runs.read_json(f'{run.folder}/example.json')
+        if own and run.config['seed'] == cfg.seeds[0] and not run.config['keep_rope'] and runs.is_main(run.folder):
+            examples[runs.columns(run.config)['condition']] = own
+    runs.write_json(f'{cfg.out_dir}/examples.json', examples)
     try:
-        with contextlib.redirect_stdout(None):
+        with redirect_stdout(None):
             plot.main(stage(cfg, 'plot.py', paths=[cfg.out_dir]))
     finally:                                                # the numbers, whatever becomes of the pictures
         report.main(SimpleNamespace(paths=[cfg.out_dir]))
@@ -357,11 +337,11 @@ def main(cfg):
     check(cfg)
 
     # ---- the plan; the bytes of a dataset that all seeds share are part of it
-    pairs = [(arm, seed) for seed, arm in itertools.product(cfg.seeds, cfg.arms)]       # whole seeds, one by one
+    pairs = [(arm, seed) for seed, arm in product(cfg.seeds, cfg.arms)]       # whole seeds, one by one
     if cfg.data_script not in ('', 'data_synth.py') and not cfg.dry_run:
         make_data(cfg, pairs)
     plan = {pair: arm_runs(cfg, *pair) for pair in pairs}
-    everything = list(itertools.chain(*plan.values()))
+    everything = list(chain(*plan.values()))
     cfg.folders = [run.folder for run in everything]
     own = rows_by_key(cfg.place)
     published = own
