@@ -150,7 +150,7 @@ def main(cfg):
     how = cfg.bench_steps, device, dtype, compile
     name = Path(cfg.files[-1]).stem if cfg.files else 'default'
     path = f'out/bench/{name}_scaling.json' if cfg.scaling else f'out/bench/{name}.json'
-    found = {**versions(device), 'config': name, 'dtype': dtype, 'compiled': compile}
+    found = versions(device) | {'config': name, 'dtype': dtype, 'compiled': compile}
     with memory_errors('a lower --batch_size needs less, and is another benchmark'):
         if cfg.scaling:
             before = read_json(path) or {}

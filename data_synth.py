@@ -312,19 +312,19 @@ def observe(cfg, tokens, topics, tables):
 
 def check(cfg):
     """Stops with one line at the first setting that cannot work."""
-    T, row = cfg.n_topics, cfg.block_size + 1
     if cfg.max_segments < cfg.min_segments:
         raise SystemExit(f'max_segments = {cfg.max_segments}: must be at least min_segments = {cfg.min_segments}')
-    if T == 1 and not cfg.repeats:
+    if cfg.n_topics == 1 and not cfg.repeats:
         raise SystemExit('n_topics = 1: without repeats there must be another topic to turn to')
     segments = max(cfg.max_segments, VAL_SEGMENTS[1])
-    if segments * cfg.min_segment_len > row:
+    if segments * cfg.min_segment_len > cfg.block_size + 1:
         raise SystemExit(f'{segments} segments of min_segment_len = {cfg.min_segment_len} do not fit in a row of '
-                         f'block_size + 1 = {row} tokens (validation rows have up to {VAL_SEGMENTS[1]}); lower it')
+                         f'block_size + 1 = {cfg.block_size + 1} tokens (validation rows have up to {VAL_SEGMENTS[1]}); lower it')
     if cfg.chain not in ('range', 'group'):
         raise SystemExit(f'chain = {cfg.chain!r}: choose range or group')
-    if cfg.chain == 'range' and cfg.vocab_size < N_SPECIAL + 2 * T:
-        raise SystemExit(f'vocab_size = {cfg.vocab_size}: {T} ranges and the special tokens need {N_SPECIAL + 2 * T}')
+    least = N_SPECIAL + 2 * cfg.n_topics
+    if cfg.chain == 'range' and cfg.vocab_size < least:
+        raise SystemExit(f'vocab_size = {cfg.vocab_size}: {cfg.n_topics} ranges and the special tokens need {least}')
     if cfg.chain == 'group' and cfg.vocab_size % cfg.n_groups:
         raise SystemExit(f'n_groups = {cfg.n_groups} does not cut vocab_size = {cfg.vocab_size} into equal groups')
     if exists(f'{cfg.data_dir}/meta.json'):

@@ -15,13 +15,13 @@ import base64
 import fnmatch
 import glob
 import html
-import itertools
 import json
 import math
 import os
 import re
 import unicodedata
 import zlib
+from itertools import chain, combinations, compress, count, islice
 from os.path import basename, exists, isdir, isfile, normpath
 
 import numpy as np
@@ -120,7 +120,7 @@ def read_file(path):
 
 def read_all(folder):
     """All articles, one after the other."""
-    return itertools.chain.from_iterable(map(read_file, files_of(folder, '.lines')))
+    return chain.from_iterable(map(read_file, files_of(folder, '.lines')))
 
 def unmade(folder, items):
     """(item, path) of each item of which a phase has still to make the array at this path."""
@@ -131,7 +131,7 @@ def unmade(folder, items):
 
 def sample(stream, n):
     """SAMPLE of the n articles, or of what belongs to each, evenly spread; all if there are no more."""
-    return itertools.islice(stream, 0, None, math.ceil(n / SAMPLE))
+    return islice(stream, 0, None, math.ceil(n / SAMPLE))
 
 def hub_files(cfg, order):
     """The parquet files of a hub dataset, in this order; each is downloaded when it is needed, once."""
@@ -240,8 +240,8 @@ def article(record):
 def articles(cfg, folder):
     """Clean articles without stubs and duplicates, of each CHUNK records a file of JSON lines."""
     seen, stream = set(), iter(tqdm(records(cfg), 'articles', disable=None))
-    for i in itertools.count():
-        some = list(itertools.islice(stream, CHUNK))
+    for i in count():
+        some = list(islice(stream, CHUNK))
         path, lines = f'{folder}/{i:05d}.lines', ''         # not .jsonl: what lies here is no source
         for a in read_file(path) if exists(path) else map(article, some):
             if len(a['text']) >= cfg.min_chars and a['hash'] not in seen and len(seen) < cfg.max_articles:
@@ -297,11 +297,11 @@ def clusters(cfg, folder, vectors_folder, texts, facts):
     """K-means of a sample of the articles, which has these texts; clusters.json with the labels of all and the facts,
     topics.md for a person: what the topics are, and how stable they are."""
     files, K = files_of(vectors_folder, '.npy'), cfg.n_topics
-    x = np.stack([*sample(itertools.chain.from_iterable(map(np.load, files)), facts['articles'])])
+    x = np.stack([*sample(chain.from_iterable(map(np.load, files)), facts['articles'])])
     if len(np.unique(x.round(3), axis=0)) < K:
         raise SystemExit(f'n_topics = {K}: the articles fall into fewer clusters; lower it, or try another embedder')
     fits = [cluster.KMeans(K, n_init=3, random_state=cfg.seed + i).fit(x) for i in range(3)]
-    pairs = list(itertools.combinations([fit.labels_ for fit in fits], 2))
+    pairs = list(combinations([fit.labels_ for fit in fits], 2))
     ari = np.mean([metrics.adjusted_rand_score(*pair) for pair in pairs])
     ami = np.mean([metrics.adjusted_mutual_info_score(*pair) for pair in pairs])
     labels = np.concatenate([fits[0].predict(np.load(path)) for path in files])
@@ -324,7 +324,7 @@ def clusters(cfg, folder, vectors_folder, texts, facts):
 
 def tokenizer(cfg, folder, source, is_train):
     """Byte-level BPE of training articles, tokenizer.json: whatever the text, decoding gives it back."""
-    some = sample(itertools.compress(read_all(source), is_train), len(is_train))
+    some = sample(compress(read_all(source), is_train), len(is_train))
     # training takes the square of the longest word: of a longer one each 100 letters are a word
     texts = (re.sub(r'\S{100}', r'\g<0> ', a['text']) for a in some)
     bpe = ByteLevelBPETokenizer()
@@ -422,9 +422,9 @@ def prepare(cfg, meta):
     topics_folder = cfg.topics_from
     if not topics_folder:
         texts = beginnings(cfg, sample(read_all(source), n))
-        vectors_folder = phase(cfg, meta, (*ARTICLES, 'embedder'), vectors, source, texts)
-        keys = (*ARTICLES, 'embedder', 'n_topics')
-        topics_folder = phase(cfg, meta, keys, clusters, vectors_folder, texts, facts)
+        keys = (*ARTICLES, 'embedder')
+        vectors_folder = phase(cfg, meta, keys, vectors, source, texts)
+        topics_folder = phase(cfg, meta, (*keys, 'n_topics'), clusters, vectors_folder, texts, facts)
     topics = read_topics(topics_folder)
     labels, there = topics['labels'], topics['made_of']['n_topics']
     if topics['ids'] != facts['ids'] or there != cfg.n_topics:

@@ -112,8 +112,8 @@ def make_data(cfg, pairs):
 
 def train_stage(cfg, arm, seed):
     """The training of an arm and seed."""
-    settings = runs.arm_settings(arm, cfg.n_head)
-    return stage(cfg, 'train.py', seed=seed, data_dir=data_stage(cfg, seed, arm).data_dir, **settings)
+    return stage(cfg, 'train.py', seed=seed, data_dir=data_stage(cfg, seed, arm).data_dir,
+                 **runs.arm_settings(arm, cfg.n_head))
 
 def arm_runs(cfg, arm, seed):
     """The runs of an arm and seed, in the order they are made; recalibration reads mixed rows, in pure arms too."""
@@ -230,9 +230,10 @@ def watch(bar, mine):
     steps, now = 0, []
     for run in mine:
         log = runs.read_log(run.folder)
-        steps += log[-1]['step'] if log else 0
-        if log and not exists(f'{run.folder}/row.json'):
-            now.append(run.folder)
+        if log:
+            steps += log[-1]['step']
+            if not exists(f'{run.folder}/row.json'):
+                now.append(run.folder)
     bar.set_postfix_str(', '.join(now), refresh=False)
     bar.update(steps - bar.n)
 
@@ -244,8 +245,7 @@ def run_arms(cfg, todo, plan):
     jobs = min(cfg.jobs, len(todo))
     gpus = min(jobs, torch.cuda.device_count()) if cfg.device in ('', 'cuda') else 0
     mine = [run for pair in todo for run in plan[pair] if to_do(cfg, run, {})]
-    context = multiprocessing.get_context('spawn')
-    pool = ProcessPoolExecutor(jobs, context, begin_worker, (jobs,))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), begin_worker, (jobs,))
     bar = tqdm(total=sum(run.config['max_iters'] for run in mine), unit='step', smoothing=0, disable=None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: it ends the workers too
     waiting = set()

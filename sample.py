@@ -44,8 +44,6 @@ def continuation(model, ids, n_tokens, temperature, top_k, generator):
 
 def main(cfg):
     """Prints the continuations; returns them."""
-    if not cfg.run:
-        raise SystemExit('sample.py: --run=FOLDER, the trained run to sample from')
     _, model, data, _ = open_finished(cfg.run, cfg.device)
     path = f'{data.folder}/tokenizer.json'
     if not exists(path):

@@ -97,9 +97,7 @@ def row_of_run(c, model, tokens, topics):
 
 def main(cfg):
     """Writes the page."""
-    if not cfg.run:
-        raise SystemExit('view.py: --run=FOLDER, the trained run to look into; --other=FOLDER, one to put beside it')
-    folders = [folder for folder in (cfg.run, cfg.other) if folder]
+    folders = [cfg.run, cfg.other] if cfg.other else [cfg.run]
     opened = [open_finished(folder, 'cpu') for folder in folders]            # a few rows: no need of a GPU
     shapes = {(c['n_layer'], c['n_head'], data.val.tobytes()) for c, _, data, _ in opened}
     if len(shapes) > 1:
