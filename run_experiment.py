@@ -187,7 +187,7 @@ def run_arm(cfg, arm, seed):
                 with suppress(FileNotFoundError):
                     os.remove(f'{run.folder}/{name}')
         for run in todo:
-            with redirect_stdout(None):          # analyze.py tells of a run that is finished
+            with redirect_stdout(None):                     # analyze.py tells of a run that is finished
                 if run is parent:
                     train.main(train_stage(cfg, arm, seed))
                 else:
@@ -337,7 +337,7 @@ def main(cfg):
     check(cfg)
 
     # ---- the plan; the bytes of a dataset that all seeds share are part of it
-    pairs = [(arm, seed) for seed, arm in product(cfg.seeds, cfg.arms)]       # whole seeds, one by one
+    pairs = [(arm, seed) for seed, arm in product(cfg.seeds, cfg.arms)]         # whole seeds, one by one
     if cfg.data_script not in ('', 'data_synth.py') and not cfg.dry_run:
         make_data(cfg, pairs)
     plan = {pair: arm_runs(cfg, *pair) for pair in pairs}
