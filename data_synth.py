@@ -319,8 +319,8 @@ def check(cfg):
     segments = max(cfg.max_segments, VAL_SEGMENTS[1])
     if segments * cfg.min_segment_len > cfg.block_size + 1:
         raise SystemExit(f'{segments} segments of min_segment_len = {cfg.min_segment_len} do not fit in a row of '
-                         f'block_size + 1 = {cfg.block_size + 1} tokens (validation rows have up to {VAL_SEGMENTS[1]}); '
-                         'lower it')
+                         f'block_size + 1 = {cfg.block_size + 1} tokens (validation rows have up to '
+                         f'{VAL_SEGMENTS[1]}); lower it')
     if cfg.chain not in ('range', 'group'):
         raise SystemExit(f'chain = {cfg.chain!r}: choose range or group')
     least = N_SPECIAL + 2 * cfg.n_topics
