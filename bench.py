@@ -14,8 +14,8 @@ multiplies two large random matrices of the same type.
 """
 import itertools
 import json
-import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -36,7 +36,6 @@ scaling = False             # under torchrun: a row for this number of GPUs in o
 
 WARMUP = 6                  # steps before those that are timed
 N_ROWS = 4096               # rows of random tokens
-PROFILED = 5                # steps that are profiled
 
 def plain_step(model, c, corpus, batches, dtype):
     """The step as one would write it first: eager, torch's own Muon, the schedule in Python. Arguments as in
@@ -73,7 +72,7 @@ def step_flops(c, n_parameters):
     return c['batch_size'] * c['block_size'] * 6 * (n_parameters + attention)
 
 def timed(step, n, device):
-    """(milliseconds of n calls of `step` after a warm-up, each waited for, sorted; of the very first)."""
+    """Milliseconds of n calls of `step` after a warm-up, each waited for, sorted."""
     times = []
     for _ in range(WARMUP + n):
         clock = time.perf_counter()
@@ -81,7 +80,7 @@ def timed(step, n, device):
         if device.type == 'cuda':
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - clock))
-    return sorted(times[WARMUP:]), times[0]
+    return sorted(times[WARMUP:])
 
 def matmul_rate(device, dtype):
     """TFLOP/s of a large product of random normals: 8192^3 on a GPU, 1024^3 on a CPU."""
@@ -92,7 +91,7 @@ def matmul_rate(device, dtype):
     def product():
         a @ b
 
-    times, _ = timed(product, 21, device)
+    times = timed(product, 21, device)
     return 2 * n ** 3 / times[10] / 1e9
 
 def random_rows(c, device):
@@ -103,43 +102,28 @@ def random_rows(c, device):
     batches = torch.randint(N_ROWS, (c['max_iters'], c['grad_accum'], world, micro_batch(c, world)), generator=g)
     return corpus.to(device), batches[:, :, rank].to(device)
 
-def communication(step, ms):
-    """The share of a step of `ms` milliseconds that NCCL's kernels take, waiting for other GPUs included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(PROFILED):
-            step()
-        torch.cuda.synchronize()
-    spent = sum(event.device_time_total for event in profile.key_averages() if 'nccl' in event.key)
-    return spent / 1000 / PROFILED / ms
-
 def measure(c, n, device, dtype, compile):
-    """The step of train.py, on as many GPUs as there are processes: a dictionary. The first step includes the import
-    of the compiler."""
-    corpus, batches = random_rows(c, device)
+    """The step of train.py, on as many GPUs as there are processes: a dictionary."""
     model = build(c, torch.Generator().manual_seed(0)).to(device)
-    clock = time.perf_counter()
     loss_of = compiled(model) if compile else model
     muon, adamw = optimizers(model, c, dtype, compile)
-    step, _ = training_step(model, loss_of, muon, adamw, c, corpus, batches, 0, dtype)
-    start = time.perf_counter() - clock
-    times, first = timed(step, n, device)
+    step, _ = training_step(model, loss_of, muon, adamw, c, *random_rows(c, device), 0, dtype)
+    times = timed(step, n, device)
     ms = times[n // 2]
     return {
         'gpus': processes()[1],
         'batch_size': c['batch_size'],
         'parameters': sum(p.numel() for p in model.parameters()),
-        'first_step_s': start + first / 1000,
         'ms_per_step': ms,
         'ms_spread': [times[n // 10], times[-1 - n // 10]],
-        'rows_per_s': 1000 * c['batch_size'] / ms,
-        'communication': communication(step, ms) if device.type == 'cuda' else None}
+        'rows_per_s': 1000 * c['batch_size'] / ms}
 
 def compare(c, n, device, dtype, compile):
     """The same beside plain PyTorch, and as a share of what the device can do."""
     row = measure(c, n, device, dtype, compile)
     rate = matmul_rate(device, dtype)
     model = build(c, torch.Generator().manual_seed(0)).to(device)
-    plain, _ = timed(plain_step(model, c, *random_rows(c, device), dtype), n, device)
+    plain = timed(plain_step(model, c, *random_rows(c, device), dtype), n, device)
     return row | {
         'mfu': step_flops(c, row['parameters']) / row['ms_per_step'] / 1e9 / rate,
         'matmul_tflops': rate,
@@ -162,11 +146,11 @@ def main(cfg):
     check(cfg)
     device, dtype, compile = machine(cfg.device, cfg.dtype, cfg.compile)
     c = resolve(cfg, {'vocab_size': cfg.vocab_size, 'block_size': cfg.block_size})
-    c['max_iters'] = WARMUP + cfg.bench_steps + PROFILED
+    c['max_iters'] = WARMUP + cfg.bench_steps
     how = cfg.bench_steps, device, dtype, compile
-    name = os.path.basename(cfg.files[-1]).removesuffix('.py') if cfg.files else 'default'
+    name = Path(cfg.files[-1]).stem if cfg.files else 'default'
     path = f'out/bench/{name}_scaling.json' if cfg.scaling else f'out/bench/{name}.json'
-    found = {**versions(device), 'config': name, 'dtype': dtype, 'compiled': compile}
+    found = versions(device) | {'config': name, 'dtype': dtype, 'compiled': compile}
     with memory_errors('a lower --batch_size needs less, and is another benchmark'):
         if cfg.scaling:
             before = read_json(path) or {}

@@ -11,6 +11,7 @@ training rows there are or how they are cut. The same seed gives the same tokens
 uniforms and sums the tables, the device only searches them.
 Run 1 (110K rows of 513, filter and references included): 56 s of one CPU core and 1.8 GiB.
 """
+import functools
 import math
 from os.path import exists
 
@@ -135,8 +136,8 @@ def draw_segments(rng, chain, rows, length, low, high, shortest):
     n = rng.integers(low, high + 1, rows)
     lengths = np.zeros((rows, high), np.int64)
     for k in range(low, high + 1):
-        which = np.flatnonzero(n == k)
-        lengths[which, :k] = shortest + spread(rng, len(which), length - k * shortest, k)
+        which = n == k
+        lengths[which, :k] = shortest + spread(rng, which.sum(), length - k * shortest, k)
     return lengths
 
 
@@ -198,6 +199,7 @@ def spread_chance(chain, tokens, segments):
     return stats.dirichlet_multinomial.pmf(tokens, np.maximum(segments, 1e-307), total)
 
 
+@functools.cache
 def hazard_table(chain, length, low, high, shortest):
     """
     H fp64 [length, length]: H[s, t] = P(token t begins a new segment | the last one began at s), by the prior of
@@ -260,6 +262,12 @@ def bayes_filter(lik, hazard, repeats):
     return torch.stack(expected), torch.stack(posterior)
 
 
+def filtered(cfg, lik):
+    """bayes_filter of validation rows, whose segments all datasets draw alike."""
+    hazard = hazard_table(cfg.chain, cfg.block_size + 1, *VAL_SEGMENTS, cfg.min_segment_len)
+    return bayes_filter(lik, torch.from_numpy(hazard).to(lik.device), cfg.repeats)
+
+
 def topic_given_token(tables):
     """
     P(z | x) by the stationary token frequencies of each chain, fp64 [V, T]: all that a topic-blind bigram knows of the
@@ -283,8 +291,6 @@ def observe(cfg, tokens, topics, tables):
     losses {'uniform', 'bigram', 'filter', 'oracle'}: mean nats over the predicted tokens of the first eval_rows rows.
     """
     device = tables[0].device
-    hazard = hazard_table(cfg.chain, cfg.block_size + 1, *VAL_SEGMENTS, cfg.min_segment_len)
-    hazard = torch.from_numpy(hazard).to(device)
     prior = topic_given_token(tables)
     posteriors = []
     losses = []
@@ -292,9 +298,9 @@ def observe(cfg, tokens, topics, tables):
         x, z = (torch.from_numpy(a[start:start + 256].astype(int)).to(device) for a in (tokens, topics))
         lik = likelihood(x, tables)                         # [S-1, B, T]
         bigram = (lik * prior[x[:, :-1].T]).sum(2)          # [S-1, B]
-        filtered, posterior = bayes_filter(lik, hazard, cfg.repeats)
+        expected, posterior = filtered(cfg, lik)
         oracle = lik.gather(2, z.T[1:, :, None]).squeeze(2)
-        p = torch.stack([bigram, filtered, oracle], 2)
+        p = torch.stack([bigram, expected, oracle], 2)
         losses.append(-p.log().mean(0).cpu())
         posteriors.append(posterior.transpose(0, 1).half().cpu())
     losses = torch.cat(losses)[:cfg.eval_rows].numpy().mean(0).tolist()
@@ -306,19 +312,20 @@ def observe(cfg, tokens, topics, tables):
 
 def check(cfg):
     """Stops with one line at the first setting that cannot work."""
-    T, row = cfg.n_topics, cfg.block_size + 1
     if cfg.max_segments < cfg.min_segments:
         raise SystemExit(f'max_segments = {cfg.max_segments}: must be at least min_segments = {cfg.min_segments}')
-    if T == 1 and not cfg.repeats:
+    if cfg.n_topics == 1 and not cfg.repeats:
         raise SystemExit('n_topics = 1: without repeats there must be another topic to turn to')
     segments = max(cfg.max_segments, VAL_SEGMENTS[1])
-    if segments * cfg.min_segment_len > row:
+    if segments * cfg.min_segment_len > cfg.block_size + 1:
         raise SystemExit(f'{segments} segments of min_segment_len = {cfg.min_segment_len} do not fit in a row of '
-                         f'block_size + 1 = {row} tokens (validation rows have up to {VAL_SEGMENTS[1]}); lower it')
+                         f'block_size + 1 = {cfg.block_size + 1} tokens (validation rows have up to '
+                         f'{VAL_SEGMENTS[1]}); lower it')
     if cfg.chain not in ('range', 'group'):
         raise SystemExit(f'chain = {cfg.chain!r}: choose range or group')
-    if cfg.chain == 'range' and cfg.vocab_size < N_SPECIAL + 2 * T:
-        raise SystemExit(f'vocab_size = {cfg.vocab_size}: {T} ranges and the special tokens need {N_SPECIAL + 2 * T}')
+    least = N_SPECIAL + 2 * cfg.n_topics
+    if cfg.chain == 'range' and cfg.vocab_size < least:
+        raise SystemExit(f'vocab_size = {cfg.vocab_size}: {cfg.n_topics} ranges and the special tokens need {least}')
     if cfg.chain == 'group' and cfg.vocab_size % cfg.n_groups:
         raise SystemExit(f'n_groups = {cfg.n_groups} does not cut vocab_size = {cfg.vocab_size} into equal groups')
     if exists(f'{cfg.data_dir}/meta.json'):
@@ -336,33 +343,24 @@ def main(cfg):
     check(cfg)
     device, *_ = machine(cfg.device)
     folder = f'{cfg.data_dir}/seed{cfg.seed}'
-    with locked(folder):
-        make(cfg, folder, device)
-    return folder
-
-def make(cfg, folder, device):
-    """The dataset of a seed, unless it is there."""
     meta = parameters(cfg)
-    if shards.is_there(folder, meta):
-        print(f'{folder} is there, with these parameters')
-        return
+    with locked(folder):
+        if shards.is_there(folder, meta):
+            print(f'{folder} is there, with these parameters')
+            return folder
 
-    tables, sums, row_of, train_stream, val_stream = make_chains(cfg, device)
-    segments = cfg.min_segments, cfg.max_segments
-    train, train_topics = draw_rows(cfg, train_stream, cfg.train_rows, segments, sums, row_of)
-    val, val_topics = draw_rows(cfg, val_stream, cfg.val_rows, VAL_SEGMENTS, sums, row_of)
-    del sums                                                # 0.7 GB in Run 1
-    posterior, references = observe(cfg, val, val_topics, (tables, row_of))
+        tables, sums, row_of, train_stream, val_stream = make_chains(cfg, device)
+        segments = cfg.min_segments, cfg.max_segments
+        train = draw_rows(cfg, train_stream, cfg.train_rows, segments, sums, row_of)
+        val = draw_rows(cfg, val_stream, cfg.val_rows, VAL_SEGMENTS, sums, row_of)
+        del sums                                            # 0.7 GB in Run 1
+        posterior, references = observe(cfg, *val, (tables, row_of))
 
-    arrays = {
-        'train': train,
-        'train_topics': train_topics,
-        'val': val,
-        'val_topics': val_topics,
-        'val_posterior': posterior}
-    meta |= {'references': references, 'reference_rows': min(cfg.eval_rows, cfg.val_rows)}
-    shards.write(folder, arrays, meta)
+        arrays = dict(zip(shards.DTYPES, (*train, *val, posterior)))
+        meta |= {'references': references, 'reference_rows': min(cfg.eval_rows, cfg.val_rows)}
+        shards.write(folder, arrays, meta)
     print(f'{folder}, nats a token:', *[f'{key} {loss:.4f}' for key, loss in references.items()])
+    return folder
 
 
 if __name__ == '__main__':

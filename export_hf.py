@@ -10,9 +10,9 @@ tokenizer.json, a copy of it and tokenizer_config.json; all or nothing.
 AutoModelForCausalLM and AutoTokenizer of transformers open the folder, and so does what builds on them, such as
 TransformerLens.
 """
-import os
 import re
 import shutil
+from os.path import exists
 
 from safetensors.torch import save
 
@@ -61,8 +61,8 @@ def qwen3_config(c):
 
 def special_tokens(path, vocab_size):
     """
-    {'eos_token': (token, id), ...} of a tokenizer.json, what each is for told by its name. Stops with one line if the
-    file is broken or has tokens that a model of vocab_size does not have.
+    {'eos_token': token, ...} and {'eos_token_id': id, ...} of a tokenizer.json, what each is for told by its name.
+    Stops with one line if the file is broken or has tokens that a model of vocab_size does not have.
     """
     tokenizer = read_json(path, 'make the dataset again')
     try:
@@ -72,15 +72,16 @@ def special_tokens(path, vocab_size):
         raise SystemExit(f'{path}: not a BPE of the tokenizers library; make the dataset again') from None
     if largest >= vocab_size:
         raise SystemExit(f'{path}: has a token {largest}, the model only {vocab_size} tokens: not of this run')
-    found = {}
+    tokens, ids = {}, {}
     for token, i in added.items():
         name = re.sub(r'\W', '', token).lower()             # <|endoftext|>: endoftext
         if name in ROLES:
-            found[ROLES[name]] = (token, i)
-    return found
+            tokens[ROLES[name]] = token
+            ids[f'{ROLES[name]}_id'] = i
+    return tokens, ids
 
 def main(cfg):
-    """Writes the folder cfg.out_dir from the run cfg.run; returns its name."""
+    """Writes the folder cfg.out_dir from the run cfg.run."""
     if not cfg.run or not cfg.out_dir:
         raise SystemExit('export_hf.py: --run=FOLDER, the trained run, and --out_dir=FOLDER, the folder to write')
     c = read_config(cfg.run)
@@ -88,29 +89,26 @@ def main(cfg):
     if not model.stock_positions():
         raise SystemExit(f'{cfg.run}: stock Qwen3 has the same plain RoPE in every layer, or none, and plain causal '
                          'attention; this model has other positions (model.py) and cannot be exported')
-    source = os.path.join(data_folder(c['data_dir'], c['seed']), 'tokenizer.json')
-    has_tokenizer = os.path.exists(source)                  # a run can be exported where its data is gone
-    special = {}
+    source = f'{data_folder(c["data_dir"], c["seed"])}/tokenizer.json'
+    has_tokenizer = exists(source)                          # a run can be exported where its data is gone
+    tokens, ids = {}, {}
     if has_tokenizer:
         read_data(c, cfg.run)                               # stops at the tokenizer of another dataset
-        special = special_tokens(source, c['vocab_size'])
+        tokens, ids = special_tokens(source, c['vocab_size'])
 
     with new_folder(cfg.out_dir) as folder:
         weights = save(model.state_dict(), {'format': 'pt'})                # Hugging Face's names, and no lm_head
-        write_bytes(os.path.join(folder, 'model.safetensors'), weights)
-        ids = {f'{role}_id': i for role, (_, i) in special.items()}
-        write_json(os.path.join(folder, 'config.json'), {**qwen3_config(c), **ids})
+        write_bytes(f'{folder}/model.safetensors', weights)
+        write_json(f'{folder}/config.json', qwen3_config(c) | ids)
         if has_tokenizer:
             shutil.copy(source, folder)
-            tokens = {role: token for role, (token, _) in special.items()}
-            write_json(os.path.join(folder, 'tokenizer_config.json'), {
+            write_json(f'{folder}/tokenizer_config.json', {
                 'tokenizer_class': 'PreTrainedTokenizerFast',               # the file as it is, not Qwen's own rules
                 'model_max_length': c['block_size'],
                 'clean_up_tokenization_spaces': False,
                 **tokens})
     tokenizer = 'with its tokenizer' if has_tokenizer else f'no tokenizer ({source} is not there)'
     print(f'{cfg.out_dir}: {columns(c)["condition"]} as Qwen3, {tokenizer}')
-    return cfg.out_dir
 
 if __name__ == '__main__':
     command(main, __file__)

@@ -34,8 +34,7 @@ def machine(device, dtype='', compile=None, steps=math.inf):
         try:
             dist.init_process_group('nccl' if cuda else 'gloo', device_id=device if cuda else None)
         except (ValueError, RuntimeError) as e:
-            reason = str(e).splitlines()[0]
-            raise SystemExit(f'RANK is set, but {reason}; start with torchrun, or unset RANK') from None
+            raise SystemExit(f'RANK is set, but {str(e).splitlines()[0]}; start with torchrun, or unset RANK') from None
         atexit.register(dist.destroy_process_group)
         warnings.filterwarnings('ignore', '.*_tensor. is deprecated', FutureWarning)      # torch 2.13 names them anew
     dtype = dtype or ('bfloat16' if cuda else 'float32')

@@ -15,22 +15,23 @@ import base64
 import fnmatch
 import glob
 import html
-import itertools
 import json
 import math
 import os
 import re
 import unicodedata
 import zlib
+from itertools import chain, combinations, compress, count, islice
+from os.path import basename, exists, isdir, isfile, normpath
 
 import numpy as np
 from sklearn import cluster, decomposition, feature_extraction, metrics, pipeline, preprocessing
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm                   # not machine.progress: torch alone is 250 MB
 
-import runs
 import shards
 from configurator import block, command
+from runs import locked, read_json, write_array, write_json, write_text
 
 # -----------------------------------------------------------------------------
 # config
@@ -67,7 +68,7 @@ def parameters(cfg):
     """What a dataset is built from, as meta.json keeps it. The source has a digest, unless it is not here any more."""
     meta = {key: getattr(cfg, key) for key in block(__file__) if key not in NO_PARAMETERS}
     for key in ('source', 'embedder'):
-        meta[key] = os.path.basename(os.path.normpath(meta[key]))
+        meta[key] = basename(normpath(meta[key]))
     sums = [shards.file_entry(path)['sha256'] for path in source_files(cfg)]
     if sums:
         meta['source_digest'] = shards.digest(sums)
@@ -77,14 +78,14 @@ def parameters(cfg):
 
 def source_files(cfg):
     """The files of a local source, which is a file, a folder or a glob, sorted; [] for a dataset of the hub."""
-    pattern = f'{glob.escape(cfg.source)}/**' if os.path.isdir(cfg.source) else cfg.source
+    pattern = f'{glob.escape(cfg.source)}/**' if isdir(cfg.source) else cfg.source
     paths = {cfg.source, *glob.glob(pattern, recursive=True)}
-    return sorted(path for path in paths if path.endswith(('.parquet', '.jsonl')) and os.path.isfile(path))
+    return sorted(path for path in paths if path.endswith(('.parquet', '.jsonl')) and isfile(path))
 
 def read_topics(folder):
     """clusters.json of a folder, its 'labels' as an array uint8 [articles]."""
     try:
-        found = runs.read_json(f'{folder}/clusters.json')
+        found = read_json(f'{folder}/clusters.json')
         return found | {'labels': np.frombuffer(zlib.decompress(base64.b64decode(found['labels'])), np.uint8)}
     except (ValueError, KeyError, TypeError, zlib.error) as e:
         raise SystemExit(f'{folder}/clusters.json: no topics there ({reason(e)}); name a dataset of text') from None
@@ -101,11 +102,11 @@ def phase(cfg, meta, keys, work, *inputs):
     work(cfg, folder, *inputs) makes what is missing of its files. Nothing is deleted."""
     params = {key: meta.get(key) for key in keys}
     folder = f'{cfg.work_dir}/{work.__name__}-{shards.digest(json.dumps(params).encode())}'
-    if not os.path.exists(f'{folder}/done.json'):
+    if not exists(f'{folder}/done.json'):
         print(folder)
         os.makedirs(folder, exist_ok=True)
         work(cfg, folder, *inputs)
-        runs.write_json(f'{folder}/done.json', params)
+        write_json(f'{folder}/done.json', params)
     return folder
 
 def files_of(folder, suffix):
@@ -119,18 +120,18 @@ def read_file(path):
 
 def read_all(folder):
     """All articles, one after the other."""
-    return itertools.chain.from_iterable(map(read_file, files_of(folder, '.lines')))
+    return chain.from_iterable(map(read_file, files_of(folder, '.lines')))
 
 def unmade(folder, items):
     """(item, path) of each item of which a phase has still to make the array at this path."""
-    for i, item in enumerate(tqdm(items, os.path.basename(folder), disable=None)):
+    for i, item in enumerate(tqdm(items, basename(folder), disable=None)):
         path = f'{folder}/{i:05d}.npy'
-        if not os.path.exists(path):
+        if not exists(path):
             yield item, path
 
 def sample(stream, n):
     """SAMPLE of the n articles, or of what belongs to each, evenly spread; all if there are no more."""
-    return itertools.islice(stream, 0, None, math.ceil(n / SAMPLE))
+    return islice(stream, 0, None, math.ceil(n / SAMPLE))
 
 def hub_files(cfg, order):
     """The parquet files of a hub dataset, in this order; each is downloaded when it is needed, once."""
@@ -239,15 +240,15 @@ def article(record):
 def articles(cfg, folder):
     """Clean articles without stubs and duplicates, of each CHUNK records a file of JSON lines."""
     seen, stream = set(), iter(tqdm(records(cfg), 'articles', disable=None))
-    for i in itertools.count():
-        some = list(itertools.islice(stream, CHUNK))
+    for i in count():
+        some = list(islice(stream, CHUNK))
         path, lines = f'{folder}/{i:05d}.lines', ''         # not .jsonl: what lies here is no source
-        for a in read_file(path) if os.path.exists(path) else map(article, some):
+        for a in read_file(path) if exists(path) else map(article, some):
             if len(a['text']) >= cfg.min_chars and a['hash'] not in seen and len(seen) < cfg.max_articles:
                 seen.add(a['hash'])
                 lines += json.dumps(a, ensure_ascii=False) + '\n'
         if lines:
-            runs.write_text(path, lines)
+            write_text(path, lines)
         if not some or len(seen) == cfg.max_articles:
             break
 
@@ -290,17 +291,17 @@ def vectors(cfg, folder, source, texts):
         raise SystemExit(f'embedder = {cfg.embedder!r}: of no use here ({reason(e)}); lsa wants words that tell '
                          'articles apart; or name a sentence-transformers model, and check the network') from None
     for file, path in unmade(folder, files_of(source, '.lines')):
-        runs.write_array(path, preprocessing.normalize(encode(beginnings(cfg, read_file(file)))))
+        write_array(path, preprocessing.normalize(encode(beginnings(cfg, read_file(file)))))
 
 def clusters(cfg, folder, vectors_folder, texts, facts):
     """K-means of a sample of the articles, which has these texts; clusters.json with the labels of all and the facts,
     topics.md for a person: what the topics are, and how stable they are."""
     files, K = files_of(vectors_folder, '.npy'), cfg.n_topics
-    x = np.stack([*sample(itertools.chain.from_iterable(map(np.load, files)), facts['articles'])])
+    x = np.stack([*sample(chain.from_iterable(map(np.load, files)), facts['articles'])])
     if len(np.unique(x.round(3), axis=0)) < K:
         raise SystemExit(f'n_topics = {K}: the articles fall into fewer clusters; lower it, or try another embedder')
     fits = [cluster.KMeans(K, n_init=3, random_state=cfg.seed + i).fit(x) for i in range(3)]
-    pairs = list(itertools.combinations([fit.labels_ for fit in fits], 2))
+    pairs = list(combinations([fit.labels_ for fit in fits], 2))
     ari = np.mean([metrics.adjusted_rand_score(*pair) for pair in pairs])
     ami = np.mean([metrics.adjusted_mutual_info_score(*pair) for pair in pairs])
     labels = np.concatenate([fits[0].predict(np.load(path)) for path in files])
@@ -314,21 +315,21 @@ def clusters(cfg, folder, vectors_folder, texts, facts):
         more = weights[fits[0].labels_ == k].mean(0) - weights.mean(0)         # in this topic than in all [1, words]
         best = words.get_feature_names_out()[np.argsort(-np.ravel(more))[:15]]
         text += f'\n## Topic {k}\n\n{size:,} articles\n\nWords: {", ".join(best)}\n'
-    runs.write_text(f'{folder}/topics.md', text)
+    write_text(f'{folder}/topics.md', text)
     code = base64.b64encode(zlib.compress(labels.astype(np.uint8), 9)).decode()
-    runs.write_json(f'{folder}/clusters.json', facts | {'ari': ari, 'ami': ami, 'labels': code})
+    write_json(f'{folder}/clusters.json', facts | {'ari': ari, 'ami': ami, 'labels': code})
 
 # -----------------------------------------------------------------------------
 # tokens and rows
 
 def tokenizer(cfg, folder, source, is_train):
     """Byte-level BPE of training articles, tokenizer.json: whatever the text, decoding gives it back."""
-    some = sample(itertools.compress(read_all(source), is_train), len(is_train))
+    some = sample(compress(read_all(source), is_train), len(is_train))
     # training takes the square of the longest word: of a longer one each 100 letters are a word
     texts = (re.sub(r'\S{100}', r'\g<0> ', a['text']) for a in some)
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, cfg.vocab_size, min_frequency=1, show_progress=False)
-    runs.write_text(f'{folder}/tokenizer.json', bpe.to_str())
+    write_text(f'{folder}/tokenizer.json', bpe.to_str())
 
 def tokens(cfg, folder, source, tokenizer_folder):
     """The tokens of all articles, uint16, in tokens.bin; for each file of articles their numbers, written last: what
@@ -340,7 +341,7 @@ def tokens(cfg, folder, source, tokenizer_folder):
             ids = [e.ids for e in bpe.encode_batch_fast([a['text'] for a in read_file(file)])]
             f.write(np.concatenate(ids).astype(np.uint16))
             f.flush()
-            runs.write_array(path, [len(x) for x in ids])
+            write_array(path, [len(x) for x in ids])
 
 def pack(rng, lengths, labels, width, low, high, least):
     """Cut articles into rows of `width` tokens: yields each as [(article, start, size), ...].
@@ -361,7 +362,7 @@ def pack(rng, lengths, labels, width, low, high, least):
         cuts = np.sort(rng.integers(0, width - n * least + 1, n - 1))
         row, topic, rest = [], -1, left.copy()
         for size in np.diff(cuts, prepend=0, append=width - n * least) + least:
-            chances = np.where(np.arange(len(weights)) == topic, 0, weights)
+            chances = weights * (np.arange(len(weights)) != topic)
             topic = np.searchsorted(chances.cumsum(), rng.random() * chances.sum(), 'right')
             fits = np.flatnonzero((labels == topic) & (rest >= size))
             if len(fits):
@@ -390,7 +391,7 @@ def rows(cfg, folder, name, mine, lengths, labels, tokens_folder):
         offsets = 2 * (first[part][article] + start)
         x = [np.fromfile(f'{tokens_folder}/tokens.bin', np.uint16, n, offset=o) for n, o in zip(size, offsets)]
         z = np.repeat(labels[part][article], size)
-        runs.write_array(path, np.concatenate([*x, z]).reshape(2, -1, width))
+        write_array(path, np.concatenate([*x, z]).reshape(2, -1, width))
 
 def main(cfg):
     """Writes data_dir unless it is there with the same parameters; returns the folder."""
@@ -400,10 +401,9 @@ def main(cfg):
                          f'{cfg.min_segment_len}: choose what fits {most} times in {cfg.block_size + 1} tokens')
     meta = parameters(cfg)
     if shards.is_there(cfg.data_dir, meta):
-        shards.read(cfg.data_dir)
         print(f'{cfg.data_dir} is there, with these parameters')
     else:
-        with runs.locked(cfg.work_dir):
+        with locked(cfg.work_dir):
             prepare(cfg, meta)
     return cfg.data_dir
 
@@ -417,14 +417,14 @@ def prepare(cfg, meta):
                          f'val_share = {cfg.val_share}; give more, or choose other n_topics, val_share or min_chars')
     order = np.random.default_rng([cfg.seed, 0]).permutation(n)
     splits = {'train': order[n_val:], 'val': order[:n_val]}            # by article, before anything is packed
-    made_of = {'embedder': meta['embedder'], 'n_topics': cfg.n_topics}
-    facts = {'ids': shards.digest('\n'.join(ids).encode()), 'articles': n, 'made_of': made_of}
+    facts = {'ids': shards.digest('\n'.join(ids).encode()), 'articles': n,
+             'made_of': {'embedder': meta['embedder'], 'n_topics': cfg.n_topics}}
     topics_folder = cfg.topics_from
     if not topics_folder:
         texts = beginnings(cfg, sample(read_all(source), n))
-        vectors_folder = phase(cfg, meta, (*ARTICLES, 'embedder'), vectors, source, texts)
-        keys = (*ARTICLES, 'embedder', 'n_topics')
-        topics_folder = phase(cfg, meta, keys, clusters, vectors_folder, texts, facts)
+        keys = (*ARTICLES, 'embedder')
+        vectors_folder = phase(cfg, meta, keys, vectors, source, texts)
+        topics_folder = phase(cfg, meta, (*keys, 'n_topics'), clusters, vectors_folder, texts, facts)
     topics = read_topics(topics_folder)
     labels, there = topics['labels'], topics['made_of']['n_topics']
     if topics['ids'] != facts['ids'] or there != cfg.n_topics:

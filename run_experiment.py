@@ -12,9 +12,7 @@ What is done is skipped: a run is done when a row with its settings is there, in
 results/, even where its checkpoint was deleted. A row that an older version of the measures made, or other
 settings of the analysis, is made again where the checkpoint is. Stop it at any time; the same command goes on.
 """
-import contextlib
 import importlib
-import itertools
 import multiprocessing
 import os
 import shutil
@@ -23,6 +21,9 @@ import sys
 import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout, suppress
+from itertools import chain, product
+from os.path import basename, exists, normpath
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ placebo = 'pseudo'          # the order that has the schedule of another, withou
 primary = ('score_p', 'topic_ordered', 'drope')     # named beforehand: measure, order - base, positions
 course_seeds: int = None    # further recalibration lengths, on the first so many seeds; none = all [1, 2**31)
 rows_from = ''              # a folder of results: its rows are taken where this plan has the same runs
-part = ''                   # '2/8': the second of eight shares of arms and seeds; '' = all of them
+part = '1/1'                # '2/8': the second of eight shares of arms and seeds
 jobs = 1                    # arms trained at a time, in as many processes, spread over the GPUs [1, 2**31)
 data_script = 'data_synth.py'   # makes the data: a script with main and parameters; '' = data_dir is a dataset
 dry_run = False             # print the plan and stop
@@ -95,8 +96,7 @@ def data_module(cfg):
 def data_meta(cfg, at, seed):
     """What a dataset is, or will be: before it is made only its plan can be told."""
     folder = train.data_folder(at.data_dir, seed)
-    there = os.path.exists(os.path.join(folder, 'meta.json'))
-    if cfg.data_script == 'data_synth.py' or cfg.data_script and not there:
+    if cfg.data_script == 'data_synth.py' or cfg.data_script and not exists(f'{folder}/meta.json'):
         return data_module(cfg).parameters(at)
     return shards.read_meta(folder)
 
@@ -110,16 +110,10 @@ def make_data(cfg, pairs):
         for at in stages.values():
             data_module(cfg).main(at)
 
-def make_languages(cfg, pairs):
-    """Their micro-languages, without a word."""
-    with contextlib.redirect_stdout(None):
-        make_data(cfg, pairs)
-
 def train_stage(cfg, arm, seed):
     """The training of an arm and seed."""
-    settings = runs.arm_settings(arm, cfg.n_head)
-    del settings['pure']                                    # the dataset's
-    return stage(cfg, 'train.py', seed=seed, data_dir=data_stage(cfg, seed, arm).data_dir, **settings)
+    return stage(cfg, 'train.py', seed=seed, data_dir=data_stage(cfg, seed, arm).data_dir,
+                 **runs.arm_settings(arm, cfg.n_head))
 
 def arm_runs(cfg, arm, seed):
     """The runs of an arm and seed, in the order they are made; recalibration reads mixed rows, in pure arms too."""
@@ -130,22 +124,18 @@ def arm_runs(cfg, arm, seed):
     folder = runs.run_folder(cfg.out_dir, c)
     found = [Run(folder, c, None)]
     lengths = drope.schedules(cfg, c['max_iters']) if c['rope'] else {}
-    for (length, (steps, scale)), keep in itertools.product(lengths.items(), (False, True)):
+    for (length, (steps, scale)), keep in product(lengths.items(), (False, True)):
         if keep and not length:
             continue                                        # kept and trained no further is the parent
         further = None if length == cfg.recal_iters[0] else steps
-        if further is not None and seed in cfg.seeds[cfg.course_seeds or len(cfg.seeds):]:
+        if further is not None and seed not in cfg.seeds[:cfg.course_seeds]:
             continue
         config = drope.recal_config(c, folder, steps, keep, scale, mixed.data_dir, meta)
         found.append(Run(runs.recal_folder(folder, keep, further), config, length))
     return found
 
-def place(cfg):
-    """Where an experiment is published."""
-    return os.path.join('results', os.path.basename(cfg.out_dir))
-
 def has_checkpoint(run):
-    return os.path.exists(os.path.join(run.folder, 'ckpt.pt'))
+    return exists(f'{run.folder}/ckpt.pt')
 
 def rows_by_key(folder):
     """{key: row} of a published experiment."""
@@ -157,7 +147,7 @@ def row_of(run, published):
     {key: row}; None where it is to be made.
     """
     row = runs.read_row(run.folder)
-    if row is None and not os.path.exists(os.path.join(run.folder, 'config.json')):
+    if row is None and not exists(f'{run.folder}/config.json'):
         row = published.get(runs.key(runs.columns(run.config)))
     if row and not runs.differences(run.config, row['config']):
         return row | {'main': runs.is_main(run.folder)}
@@ -174,14 +164,11 @@ def to_do(cfg, run, published):
     return stale and has_checkpoint(run)
 
 def share(cfg, plan):
-    """The arms and seeds of cfg.part: every n-th of them, those with most work first, which evens out the parts."""
-    if not cfg.part:
-        return list(plan)
+    """The arms and seeds of cfg.part: every n-th of them."""
     number, _, parts = cfg.part.partition('/')
     if not (number.isdecimal() and parts.isdecimal() and 0 < int(number) <= int(parts)):
         raise SystemExit(f'part = {cfg.part}: 2/8, say, is the second of eight')
-    by_work = sorted(plan, key=lambda pair: -sum(run.config['max_iters'] for run in plan[pair]))
-    return by_work[int(number) - 1::int(parts)]
+    return list(plan)[int(number) - 1::int(parts)]
 
 # -----------------------------------------------------------------------------
 # the work
@@ -191,36 +178,34 @@ def run_arm(cfg, arm, seed):
     if ended:
         raise SystemExit                                    # the pool hands on what it had taken already
     plan = arm_runs(cfg, arm, seed)
-    with runs.locked(os.path.join(plan[0].folder, 'arm')):  # all of it: what is deleted may be another's
-        make_arm(cfg, arm, seed, plan)
-    collect(cfg)
-
-def make_arm(cfg, arm, seed, plan):
     parent = plan[0]
-    todo = [run for run in plan if to_do(cfg, run, {})]
-    if not has_checkpoint(parent) and not all(map(has_checkpoint, todo)):
-        todo = plan                                         # another parent, to the bit, on a GPU: all of it anew
-        for run, name in itertools.product(plan, ('ckpt.pt', 'log.jsonl', 'row.json')):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(run.folder, name))
-    for run in todo:
-        with contextlib.redirect_stdout(None):              # analyze.py tells of a run that is finished
-            if run is parent:
-                train.main(train_stage(cfg, arm, seed))
-            else:
-                changes = {'keep_rope': run.config['keep_rope'], 'recal_data_dir': run.config['data_dir']}
-                drope.recalibrate(stage(cfg, 'drope.py', run=parent.folder, **changes), run.length)
-        analyze.main(stage(cfg, 'analyze.py', run=run.folder, causal=True))
+    with runs.locked(f'{parent.folder}/arm'):               # all of it: what is deleted may be another's
+        todo = [run for run in plan if to_do(cfg, run, {})]
+        if not has_checkpoint(parent) and not all(map(has_checkpoint, todo)):
+            todo = plan                                     # another parent, to the bit, on a GPU: all of it anew
+            for run, name in product(plan, ('ckpt.pt', 'log.jsonl', 'row.json')):
+                with suppress(FileNotFoundError):
+                    os.remove(f'{run.folder}/{name}')
+        for run in todo:
+            with redirect_stdout(None):                     # analyze.py tells of a run that is finished
+                if run is parent:
+                    train.main(train_stage(cfg, arm, seed))
+                else:
+                    recal = stage(cfg, 'drope.py', run=parent.folder, keep_rope=run.config['keep_rope'],
+                                  recal_data_dir=run.config['data_dir'])
+                    drope.recalibrate(recal, run.length)
+            analyze.main(stage(cfg, 'analyze.py', run=run.folder, causal=True))
+    collect(cfg)
 
 def collect(cfg):
     """runs.jsonl of the plan's rows that are there; published at once: another machine will know what is done."""
-    compare = {'base': cfg.base, 'placebo': cfg.placebo, 'primary': list(cfg.primary)}
-    runs.gather(cfg.out_dir, cfg.folders, compare, place(cfg) if cfg.publish else '')
+    compare = {'base': cfg.base, 'placebo': cfg.placebo, 'primary': cfg.primary}
+    runs.gather(cfg.out_dir, cfg.folders, compare, cfg.place if cfg.publish else '')
 
-def begin_worker(n_threads):
+def begin_worker(jobs):
     """A process of the pool, before its first arm."""
     be_patient()
-    torch.set_num_threads(n_threads)
+    torch.set_num_threads(min(threads(jobs), torch.get_num_threads()))      # analyses share the cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the first process's, which ends this one
     signal.signal(signal.SIGTERM, leave)
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -240,38 +225,33 @@ def leave(*_):
     ended = True
     raise SystemExit
 
-def stop(*_):
-    """SIGTERM ends the processes of an experiment too."""
-    raise SystemExit('run_experiment.py: ended; the same command goes on')
-
 def watch(bar, mine):
     """Moves the bar to the steps that are made, and names the runs that have begun and have no row yet."""
     steps, now = 0, []
     for run in mine:
         log = runs.read_log(run.folder)
-        steps += log[-1]['step'] if log else 0
-        if log and not os.path.exists(os.path.join(run.folder, 'row.json')):
-            now.append(run.folder)
+        if log:
+            steps += log[-1]['step']
+            if not exists(f'{run.folder}/row.json'):
+                now.append(run.folder)
     bar.set_postfix_str(', '.join(now), refresh=False)
     bar.update(steps - bar.n)
 
 def run_arms(cfg, todo, plan):
     """
     The data and the arms, cfg.jobs at a time, in as many processes, each of which compiles once for all of its arms.
-    One bar, on a terminal; elsewhere a line for each run that is finished.
+    One bar, on a terminal; elsewhere a line for each dataset and each run that is finished.
     """
     jobs = min(cfg.jobs, len(todo))
     gpus = min(jobs, torch.cuda.device_count()) if cfg.device in ('', 'cuda') else 0
     mine = [run for pair in todo for run in plan[pair] if to_do(cfg, run, {})]
-    n_threads = min(threads(jobs), torch.get_num_threads())             # analyses share the cores
-    context = multiprocessing.get_context('spawn')
-    pool = ProcessPoolExecutor(jobs, context, begin_worker, (n_threads,))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), begin_worker, (jobs,))
     bar = tqdm(total=sum(run.config['max_iters'] for run in mine), unit='step', smoothing=0, disable=None)
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: it ends the workers too
     waiting = set()
     try:
         if cfg.data_script == 'data_synth.py':              # other data are there, shared by all seeds
-            pool.submit(make_languages, cfg, todo).result()
+            pool.submit(make_data, cfg, todo).result()
         for i, pair in enumerate(todo):
             device = f'cuda:{i % gpus}' if gpus else cfg.device
             own = SimpleNamespace(**vars(cfg) | {'device': device})
@@ -293,28 +273,6 @@ def run_arms(cfg, todo, plan):
 
 # -----------------------------------------------------------------------------
 # the end
-
-def compare_runs(cfg, plan):
-    """CKA of each run with the same of the arms before it, into its row."""
-    for (arm, seed), mine in plan.items():
-        for other in cfg.arms[:cfg.arms.index(arm)]:
-            for run, theirs in zip(mine, plan[other, seed]):
-                analyze.compare_states(run.folder, theirs.folder, cfg.device)
-
-def collect_examples(cfg, everything):
-    """examples.json of the experiment: the pictures of the first seed's main runs, those of kept RoPE aside."""
-    found = runs.read_json(os.path.join(place(cfg), 'examples.json')) or {}
-    for run in everything:
-        own = runs.read_json(os.path.join(run.folder, 'example.json'))
-        if own and run.config['seed'] == cfg.seeds[0] and not run.config['keep_rope'] and runs.is_main(run.folder):
-            found[runs.columns(run.config)['condition']] = own
-    runs.write_json(os.path.join(cfg.out_dir, 'examples.json'), found)
-
-def show_plan(cfg, everything, published):
-    """A line a run, done or to do."""
-    for run in everything:
-        state = 'to do' if to_do(cfg, run, published) else 'done '
-        print(f'  {state}  {run.config["max_iters"]:>7,} steps  {run.folder}')
 
 def check(cfg):
     """Stops with one line at the first setting that can't work."""
@@ -338,26 +296,33 @@ def take_published(everything, published):
         row = row_of(run, published)
         if row and row != runs.read_row(run.folder):        # it is elsewhere, or of another main length
             runs.open_run(run.folder, run.config)           # stops where a run with other settings is
-            runs.write_json(os.path.join(run.folder, 'row.json'), row)
+            runs.write_json(f'{run.folder}/row.json', row)
 
 def make_report(cfg, plan, everything):
     """runs.jsonl, examples.json, figures and summary.md of the plan's runs."""
     for name in ('clusters.json', 'topics.md'):             # what the topics are, where they are clusters
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copy(os.path.join(cfg.data_dir, name), cfg.out_dir)
-    compare_runs(cfg, plan)
+        with suppress(FileNotFoundError):
+            shutil.copy(f'{cfg.data_dir}/{name}', cfg.out_dir)
+    for (arm, seed), mine in plan.items():                  # CKA with the arms before it, into the row
+        for other in cfg.arms[:cfg.arms.index(arm)]:
+            for run, theirs in zip(mine, plan[other, seed]):
+                analyze.compare_states(run.folder, theirs.folder, cfg.device)
     collect(cfg)
-    collect_examples(cfg, everything)
+    examples = runs.read_json(f'{cfg.place}/examples.json') or {}
+    for run in everything:                                  # the first seed's main runs, those of kept RoPE aside
+        own = runs.read_json(f'{run.folder}/example.json')
+        if own and run.config['seed'] == cfg.seeds[0] and not run.config['keep_rope'] and runs.is_main(run.folder):
+            examples[runs.columns(run.config)['condition']] = own
+    runs.write_json(f'{cfg.out_dir}/examples.json', examples)
     try:
-        with contextlib.redirect_stdout(None):
+        with redirect_stdout(None):
             plot.main(stage(cfg, 'plot.py', paths=[cfg.out_dir]))
     finally:                                                # the numbers, whatever becomes of the pictures
         report.main(SimpleNamespace(paths=[cfg.out_dir]))
 
 def make_page(cfg, plan):
-    """view.html of the base arm's first seed, RoPE beside DroPE, one validation row; what fails here stops nothing."""
-    arm = next((arm for arm in cfg.arms if runs.arm_settings(arm, cfg.n_head)['order'] == cfg.base), cfg.arms[0])
-    run, *recalibrated = plan[arm, cfg.seeds[0]]            # the first of these is DroPE, for the main length
+    """view.html of the first arm and seed, RoPE beside DroPE, one validation row; what fails here stops nothing."""
+    run, *recalibrated = plan[cfg.arms[0], cfg.seeds[0]]    # the first of these is DroPE, for the main length
     other = recalibrated[0].folder if recalibrated else ''
     try:
         view.main(stage(cfg, 'view.py', run=run.folder, other=other, view_rows=(0,)))
@@ -365,20 +330,20 @@ def make_page(cfg, plan):
         print(f'{run.folder}: no page of it ({error})')
 
 def main(cfg):
-    cfg.out_dir = os.path.normpath(cfg.out_dir)
+    cfg.out_dir = normpath(cfg.out_dir)
+    cfg.place = f'results/{basename(cfg.out_dir)}'          # where it is published
     cfg.arms = tuple(dict.fromkeys(cfg.arms))               # what is named twice is one
     cfg.seeds = tuple(dict.fromkeys(cfg.seeds))
     check(cfg)
 
     # ---- the plan; the bytes of a dataset that all seeds share are part of it
-    pairs = [(arm, seed) for seed, arm in itertools.product(cfg.seeds, cfg.arms)]       # whole seeds, one by one
-    shared_data = cfg.data_script not in ('', 'data_synth.py')
-    if shared_data and not cfg.dry_run:
+    pairs = [(arm, seed) for seed, arm in product(cfg.seeds, cfg.arms)]         # whole seeds, one by one
+    if cfg.data_script not in ('', 'data_synth.py') and not cfg.dry_run:
         make_data(cfg, pairs)
     plan = {pair: arm_runs(cfg, *pair) for pair in pairs}
-    everything = list(itertools.chain(*plan.values()))
+    everything = list(chain(*plan.values()))
     cfg.folders = [run.folder for run in everything]
-    own = rows_by_key(place(cfg))
+    own = rows_by_key(cfg.place)
     published = own
     if cfg.rows_from:
         published = rows_by_key(cfg.rows_from) | own
@@ -390,11 +355,14 @@ def main(cfg):
     print(f'{cfg.out_dir}: {len(cfg.arms)} arms x {len(cfg.seeds)} seeds, {len(everything)} runs, {steps:,} steps; '
           f'to do: {len(todo)} of {len(mine)} arms', flush=True)
     if cfg.dry_run:
-        return show_plan(cfg, everything, published)
+        for run in everything:
+            state = 'to do' if to_do(cfg, run, published) else 'done '
+            print(f'  {state}  {run.config["max_iters"]:>7,} steps  {run.folder}')
+        return
     lost = own.keys() - {runs.key(runs.columns(run.config)) for run in everything}
     if cfg.publish and lost:
         row = own[min(lost)]
-        raise SystemExit(f'{place(cfg)}: holds {row["condition"]} of seed {row["seed"]}, which is not in this plan and '
+        raise SystemExit(f'{cfg.place}: holds {row["condition"]} of seed {row["seed"]}, which is not in this plan and '
                          'would be lost; add its arm and seed, or delete it')
 
     # ---- data, every arm, the report
@@ -410,7 +378,7 @@ def main(cfg):
         make_report(cfg, plan, everything)
         make_page(cfg, plan)
         if cfg.publish:
-            runs.publish(cfg.out_dir, place(cfg))
+            runs.publish(cfg.out_dir, cfg.place)
 
 if __name__ == '__main__':
     command(main, __file__, stages=SCRIPTS[:-1])

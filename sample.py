@@ -6,7 +6,7 @@ Reads a run folder and the tokenizer.json of its dataset. Writes nothing: it pri
     python sample.py --run=out/wiki_small/mha_shuffled_rope/seed0 --prompt="The river flows through"
     python sample.py --run=out/wiki_small/mha_shuffled_drope/seed0 --temperature=0 --n_samples=1
 """
-import os
+from os.path import exists
 
 import torch
 
@@ -44,11 +44,9 @@ def continuation(model, ids, n_tokens, temperature, top_k, generator):
 
 def main(cfg):
     """Prints the continuations; returns them."""
-    if not cfg.run:
-        raise SystemExit('sample.py: --run=FOLDER, the trained run to sample from')
     _, model, data, _ = open_finished(cfg.run, cfg.device)
-    path = os.path.join(data.folder, 'tokenizer.json')
-    if not os.path.exists(path):
+    path = f'{data.folder}/tokenizer.json'
+    if not exists(path):
         raise SystemExit(f'{path}: missing; only runs on text (prepare_wiki.py) can be sampled')
     from tokenizers import Tokenizer                        # only here
     tokenizer = Tokenizer.from_file(path)

@@ -34,23 +34,19 @@ def file_entry(path):
     return {'bytes': getsize(path), 'sha256': sha256}
 
 
-def blocks(array):
-    """An array as blocks of rows; an iterator yields them itself."""
-    if hasattr(array, '__next__'):
-        return array
-    return (array[start:start + BLOCK] for start in range(0, len(array), BLOCK))
-
-
 def write_array(path, array, dtype):
-    """Write an array block by block, returns its rows; stops with one line where it holds what its dtype cannot."""
+    """Write an array, or an iterator of blocks of its rows; returns its rows. Stops with one line where it holds what
+    its dtype cannot."""
+    if not hasattr(array, '__next__'):
+        array = np.array_split(array, len(array) // BLOCK + 1)
     n_rows = 0
     with open(path, 'wb') as f:
-        for block in blocks(array):
+        for block in array:
             rows = np.asarray(block)
             n_rows += len(rows)
             if dtype != np.float16:
                 largest = np.iinfo(dtype).max
-                if rows.dtype.kind not in 'iu' or rows.min() < 0 or rows.max() > largest:
+                if rows.dtype.kind not in 'iu' or rows.min(initial=0) < 0 or rows.max(initial=0) > largest:
                     raise SystemExit(f'{path}: must hold integers from 0 to {largest}')
             f.write(np.ascontiguousarray(rows, dtype))
     return n_rows
@@ -73,15 +69,14 @@ def write(folder, arrays, meta, extra=None):
                 raise SystemExit(f'{folder}: cannot write {name!r} of shape {np.shape(array)}; the arrays are '
                                  f'{", ".join(DTYPES)}, [rows, block_size + 1] (the posterior [.., n_topics])')
             path = f'{temporary}/{name}.bin'
-            rows[name] = write_array(path, array, DTYPES[name])
+            n_rows = write_array(path, array, DTYPES[name])
+            if name in ('train', 'val'):
+                rows[name] = n_rows
             files[f'{name}.bin'] = file_entry(path)
-        rows = {name: rows[name] for name in ('train', 'val') if name in arrays}
         meta = {**meta, 'rows': rows, 'files': files}
         if extra:
-            meta['extra'] = {}
-            for name, where in extra.items():
-                path = shutil.copy(f'{where}/{name}', temporary)
-                meta['extra'][name] = file_entry(path)
+            meta['extra'] = {name: file_entry(shutil.copy(f'{where}/{name}', temporary))
+                             for name, where in extra.items()}
         write_json(f'{temporary}/meta.json', meta)
         read(temporary)                                     # what the reader would refuse never gets the final name
 
@@ -133,9 +128,8 @@ def read(folder):
         try:
             data[name] = np.memmap(path, dtype, 'r').reshape(shape)
         except ValueError:
-            size = getsize(path)
-            raise SystemExit(f'{path}: has {size:,} bytes, not whole rows of {shape[1:]} {dtype.__name__}, as many as '
-                             f'{split}.bin has (block_size + 1 tokens); make it again') from None
+            raise SystemExit(f'{path}: has {getsize(path):,} bytes, not whole rows of {shape[1:]} {dtype.__name__}, '
+                             f'as many as {split}.bin has (block_size + 1 tokens); make it again') from None
         if labels != 'posterior':
             key = 'n_topics' if labels else 'vocab_size'
             largest = largest_in(path, dtype)

@@ -14,8 +14,8 @@ and 0 where it is 0, as for a key that the layer does not allow. Sums over keys 
 """
 import base64
 import json
-import os
 import zlib
+from os.path import exists, getsize
 from types import SimpleNamespace
 
 import torch
@@ -38,8 +38,8 @@ view_rows = (0, 1)          # validation rows to choose from [0, 2**31)
 
 def texts(folder, ids):
     """Tokens as one reads them: text where the dataset has a tokenizer, else their ids."""
-    path = os.path.join(folder, 'tokenizer.json')
-    if not os.path.exists(path):
+    path = f'{folder}/tokenizer.json'
+    if not exists(path):
         return [str(i) for i in ids]
     from tokenizers import Tokenizer                        # only here
     tokenizer = Tokenizer.from_file(path)
@@ -52,9 +52,7 @@ def filter_losses(meta, tokens):
         return None
     made = SimpleNamespace(**meta)
     P, _, row_of, *_ = data_synth.make_chains(made, 'cpu')
-    hazard = data_synth.hazard_table(made.chain, made.block_size + 1, *data_synth.VAL_SEGMENTS, made.min_segment_len)
-    likelihood = data_synth.likelihood(tokens, (P, row_of))
-    expected, _ = data_synth.bayes_filter(likelihood, torch.from_numpy(hazard), made.repeats)
+    expected, _ = data_synth.filtered(made, data_synth.likelihood(tokens, (P, row_of)))
     return -expected.T.log()
 
 # -----------------------------------------------------------------------------
@@ -99,9 +97,7 @@ def row_of_run(c, model, tokens, topics):
 
 def main(cfg):
     """Writes the page."""
-    if not cfg.run:
-        raise SystemExit('view.py: --run=FOLDER, the trained run to look into; --other=FOLDER, one to put beside it')
-    folders = [folder for folder in (cfg.run, cfg.other) if folder]
+    folders = [cfg.run, cfg.other] if cfg.other else [cfg.run]
     opened = [open_finished(folder, 'cpu') for folder in folders]            # a few rows: no need of a GPU
     shapes = {(c['n_layer'], c['n_head'], data.val.tobytes()) for c, _, data, _ in opened}
     if len(shapes) > 1:
@@ -127,9 +123,9 @@ def main(cfg):
         'filter': filter_losses(data.meta, tokens),
         'runs': shown})
     text = json.dumps(page).replace('<', '\\u003c')         # no token ends the script element
-    path = os.path.join(cfg.run, 'view.html')
+    path = f'{cfg.run}/view.html'
     runs.write_text(path, source('view_template.html').replace('{{page}}', text))
-    print(f'{path}: {os.path.getsize(path) / 1e6:.1f} MB; open it in a browser')
+    print(f'{path}: {getsize(path) / 1e6:.1f} MB; open it in a browser')
 
 if __name__ == '__main__':
     command(main, __file__)
