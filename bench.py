@@ -72,7 +72,7 @@ def step_flops(c, n_parameters):
     return c['batch_size'] * c['block_size'] * 6 * (n_parameters + attention)
 
 def timed(step, n, device):
-    """Milliseconds of n calls of `step` after a warm-up, each waited for, sorted."""
+    """(milliseconds of n calls of `step` after a warm-up, each waited for, sorted; of the very first)."""
     times = []
     for _ in range(WARMUP + n):
         clock = time.perf_counter()
@@ -80,7 +80,7 @@ def timed(step, n, device):
         if device.type == 'cuda':
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - clock))
-    return sorted(times[WARMUP:])
+    return sorted(times[WARMUP:]), times[0]
 
 def matmul_rate(device, dtype):
     """TFLOP/s of a large product of random normals: 8192^3 on a GPU, 1024^3 on a CPU."""
@@ -91,7 +91,7 @@ def matmul_rate(device, dtype):
     def product():
         a @ b
 
-    times = timed(product, 21, device)
+    times, _ = timed(product, 21, device)
     return 2 * n ** 3 / times[10] / 1e9
 
 def random_rows(c, device):
@@ -103,17 +103,22 @@ def random_rows(c, device):
     return corpus.to(device), batches[:, :, rank].to(device)
 
 def measure(c, n, device, dtype, compile):
-    """The step of train.py, on as many GPUs as there are processes: a dictionary."""
+    """The step of train.py, on as many GPUs as there are processes: a dictionary. The first step includes the import
+    of the compiler."""
+    corpus, batches = random_rows(c, device)
     model = build(c, torch.Generator().manual_seed(0)).to(device)
+    clock = time.perf_counter()
     loss_of = compiled(model) if compile else model
     muon, adamw = optimizers(model, c, dtype, compile)
-    step, _ = training_step(model, loss_of, muon, adamw, c, *random_rows(c, device), 0, dtype)
-    times = timed(step, n, device)
+    step, _ = training_step(model, loss_of, muon, adamw, c, corpus, batches, 0, dtype)
+    start = time.perf_counter() - clock
+    times, first = timed(step, n, device)
     ms = times[n // 2]
     return {
         'gpus': processes()[1],
         'batch_size': c['batch_size'],
         'parameters': sum(p.numel() for p in model.parameters()),
+        'first_step_s': start + first / 1000,
         'ms_per_step': ms,
         'ms_spread': [times[n // 10], times[-1 - n // 10]],
         'rows_per_s': 1000 * c['batch_size'] / ms}
@@ -123,7 +128,7 @@ def compare(c, n, device, dtype, compile):
     row = measure(c, n, device, dtype, compile)
     rate = matmul_rate(device, dtype)
     model = build(c, torch.Generator().manual_seed(0)).to(device)
-    plain = timed(plain_step(model, c, *random_rows(c, device), dtype), n, device)
+    plain, _ = timed(plain_step(model, c, *random_rows(c, device), dtype), n, device)
     return row | {
         'mfu': step_flops(c, row['parameters']) / row['ms_per_step'] / 1e9 / rate,
         'matmul_tflops': rate,
