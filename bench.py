@@ -36,6 +36,7 @@ scaling = False             # under torchrun: a row for this number of GPUs in o
 
 WARMUP = 6                  # steps before those that are timed
 N_ROWS = 4096               # rows of random tokens
+PROFILED = 5                # steps that are profiled
 
 def plain_step(model, c, corpus, batches, dtype):
     """The step as one would write it first: eager, torch's own Muon, the schedule in Python. Arguments as in
@@ -102,6 +103,15 @@ def random_rows(c, device):
     batches = torch.randint(N_ROWS, (c['max_iters'], c['grad_accum'], world, micro_batch(c, world)), generator=g)
     return corpus.to(device), batches[:, :, rank].to(device)
 
+def communication(step, ms):
+    """The share of a step of `ms` milliseconds that NCCL's kernels take, waiting for other GPUs included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(PROFILED):
+            step()
+        torch.cuda.synchronize()
+    spent = sum(event.device_time_total for event in profile.key_averages() if 'nccl' in event.key)
+    return spent / 1000 / PROFILED / ms
+
 def measure(c, n, device, dtype, compile):
     """The step of train.py, on as many GPUs as there are processes: a dictionary. The first step includes the import
     of the compiler."""
@@ -121,7 +131,8 @@ def measure(c, n, device, dtype, compile):
         'first_step_s': start + first / 1000,
         'ms_per_step': ms,
         'ms_spread': [times[n // 10], times[-1 - n // 10]],
-        'rows_per_s': 1000 * c['batch_size'] / ms}
+        'rows_per_s': 1000 * c['batch_size'] / ms,
+        'communication': communication(step, ms) if device.type == 'cuda' else None}
 
 def compare(c, n, device, dtype, compile):
     """The same beside plain PyTorch, and as a share of what the device can do."""
@@ -151,7 +162,7 @@ def main(cfg):
     check(cfg)
     device, dtype, compile = machine(cfg.device, cfg.dtype, cfg.compile)
     c = resolve(cfg, {'vocab_size': cfg.vocab_size, 'block_size': cfg.block_size})
-    c['max_iters'] = WARMUP + cfg.bench_steps
+    c['max_iters'] = WARMUP + cfg.bench_steps + PROFILED
     how = cfg.bench_steps, device, dtype, compile
     name = Path(cfg.files[-1]).stem if cfg.files else 'default'
     path = f'out/bench/{name}_scaling.json' if cfg.scaling else f'out/bench/{name}.json'
