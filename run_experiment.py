@@ -164,11 +164,12 @@ def to_do(cfg, run, published):
     return stale and has_checkpoint(run)
 
 def share(cfg, plan):
-    """The arms and seeds of cfg.part: every n-th of them."""
+    """The arms and seeds of cfg.part: every n-th of them, those with most work first, which evens out the parts."""
     number, _, parts = cfg.part.partition('/')
     if not (number.isdecimal() and parts.isdecimal() and 0 < int(number) <= int(parts)):
         raise SystemExit(f'part = {cfg.part}: 2/8, say, is the second of eight')
-    return list(plan)[int(number) - 1::int(parts)]
+    by_work = sorted(plan, key=lambda pair: -sum(run.config['max_iters'] for run in plan[pair]))
+    return by_work[int(number) - 1::int(parts)]
 
 # -----------------------------------------------------------------------------
 # the work
@@ -267,8 +268,12 @@ def run_arms(cfg, todo, plan):
         raise SystemExit(f'{cfg.out_dir}: an arm was killed, perhaps for lack of memory; try a lower --jobs') from None
     finally:
         bar.close()
-        for worker in multiprocessing.active_children():
+        workers = multiprocessing.active_children()
+        for worker in workers:
             worker.terminate()
+        for worker in workers:
+            worker.join(10)
+            worker.kill()                                   # one that its compiler, say, keeps from ending
         pool.shutdown(cancel_futures=True)
 
 # -----------------------------------------------------------------------------
@@ -321,8 +326,9 @@ def make_report(cfg, plan, everything):
         report.main(SimpleNamespace(paths=[cfg.out_dir]))
 
 def make_page(cfg, plan):
-    """view.html of the first arm and seed, RoPE beside DroPE, one validation row; what fails here stops nothing."""
-    run, *recalibrated = plan[cfg.arms[0], cfg.seeds[0]]    # the first of these is DroPE, for the main length
+    """view.html of the base arm's first seed, RoPE beside DroPE, one validation row; what fails here stops nothing."""
+    arm = next((arm for arm in cfg.arms if runs.arm_settings(arm, cfg.n_head)['order'] == cfg.base), cfg.arms[0])
+    run, *recalibrated = plan[arm, cfg.seeds[0]]            # the first of these is DroPE, for the main length
     other = recalibrated[0].folder if recalibrated else ''
     try:
         view.main(stage(cfg, 'view.py', run=run.folder, other=other, view_rows=(0,)))
