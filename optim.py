@@ -135,8 +135,6 @@ def optimizers(model, c, dtype, compile, ckpt=None):
     matrix_dtype = torch.bfloat16 if bf16 else torch.float32
     muon = Muon(matrices, c['muon_lr'], c['weight_decay'], matrix_dtype, compile)
     adamw = AdamW(others, c['adam_lr'], c['weight_decay'])
-    if ckpt and 'exp_avg' not in ckpt['optimizer']['adamw']:
-        raise SystemExit('ckpt.pt is of an older version, and not finished; delete the folder and train again')
     if ckpt:
         for stack, saved in zip(muon.stacks, ckpt['optimizer']['muon']['momentum'], strict=True):
             stack.momentum[:len(saved)] = saved
