@@ -10,7 +10,6 @@ tokenizer.json, a copy of it and tokenizer_config.json; all or nothing.
 AutoModelForCausalLM and AutoTokenizer of transformers open the folder, and so does what builds on them, such as
 TransformerLens.
 """
-import re
 import shutil
 from os.path import exists
 
@@ -18,7 +17,7 @@ from safetensors.torch import save
 
 from configurator import command
 from model import load
-from runs import columns, new_folder, read_config, read_json, write_bytes, write_json
+from runs import columns, new_folder, read_config, write_bytes, write_json
 from train import data_folder, read_data
 
 # -----------------------------------------------------------------------------
@@ -28,8 +27,6 @@ run = ''                    # folder of the trained run
 out_dir = ''                # the folder to write; must not be there yet
 
 # -----------------------------------------------------------------------------
-
-ROLES = {'pad': 'pad_token', 'bos': 'bos_token', 'eos': 'eos_token', 'endoftext': 'eos_token', 'unk': 'unk_token'}
 
 def qwen3_config(c):
     """config.json of transformers' Qwen3ForCausalLM for a run's config c, both as dicts."""
@@ -59,27 +56,6 @@ def qwen3_config(c):
         'rope_theta': c['rope_theta'],
         'rope_scaling': scaling}
 
-def special_tokens(path, vocab_size):
-    """
-    {'eos_token': token, ...} and {'eos_token_id': id, ...} of a tokenizer.json, what each is for told by its name.
-    Stops with one line if the file is broken or has tokens that a model of vocab_size does not have.
-    """
-    tokenizer = read_json(path, 'make the dataset again')
-    try:
-        added = {t['content']: t['id'] for t in tokenizer['added_tokens'] if t['special']}
-        largest = max({**tokenizer['model']['vocab'], **added}.values())
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise SystemExit(f'{path}: not a BPE of the tokenizers library; make the dataset again') from None
-    if largest >= vocab_size:
-        raise SystemExit(f'{path}: has a token {largest}, the model only {vocab_size} tokens: not of this run')
-    tokens, ids = {}, {}
-    for token, i in added.items():
-        name = re.sub(r'\W', '', token).lower()             # <|endoftext|>: endoftext
-        if name in ROLES:
-            tokens[ROLES[name]] = token
-            ids[f'{ROLES[name]}_id'] = i
-    return tokens, ids
-
 def main(cfg):
     """Writes the folder cfg.out_dir from the run cfg.run."""
     if not cfg.run or not cfg.out_dir:
@@ -91,22 +67,19 @@ def main(cfg):
                          'attention; this model has other positions (model.py) and cannot be exported')
     source = f'{data_folder(c["data_dir"], c["seed"])}/tokenizer.json'
     has_tokenizer = exists(source)                          # a run can be exported where its data is gone
-    tokens, ids = {}, {}
     if has_tokenizer:
         read_data(c, cfg.run)                               # stops at the tokenizer of another dataset
-        tokens, ids = special_tokens(source, c['vocab_size'])
 
     with new_folder(cfg.out_dir) as folder:
         weights = save(model.state_dict(), {'format': 'pt'})                # Hugging Face's names, and no lm_head
         write_bytes(f'{folder}/model.safetensors', weights)
-        write_json(f'{folder}/config.json', qwen3_config(c) | ids)
+        write_json(f'{folder}/config.json', qwen3_config(c))
         if has_tokenizer:
             shutil.copy(source, folder)
             write_json(f'{folder}/tokenizer_config.json', {
                 'tokenizer_class': 'PreTrainedTokenizerFast',               # the file as it is, not Qwen's own rules
                 'model_max_length': c['block_size'],
-                'clean_up_tokenization_spaces': False,
-                **tokens})
+                'clean_up_tokenization_spaces': False})
     tokenizer = 'with its tokenizer' if has_tokenizer else f'no tokenizer ({source} is not there)'
     print(f'{cfg.out_dir}: {columns(c)["condition"]} as Qwen3, {tokenizer}')
 

@@ -26,13 +26,12 @@ from test_train import HERE, TINY, run
 TEXT = 'Topics, 12 of them:  wide  spaces,\ttabs,\nnew lines, Zoë’s naïve 東京 🙂 tokens that don’t end '
 ARMS = {'mha': ['--n_head=2'], 'gqa': ['--n_head=4', '--n_kv_head=2']}
 README = open(f'{HERE}/README.md', encoding='utf-8').read()
-SPECIAL = {'mha': ['<|pad|>', '<|endoftext|>'], 'gqa': []}           # of their datasets' tokenizers
 CASES = list(itertools.product(ARMS, ('rope', 'drope')))
 
-def text_dataset(folder, special_tokens):
+def text_dataset(folder):
     """A dataset of the README's own text and its tokenizer.json: a byte-level BPE."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([README], 400, special_tokens=special_tokens, show_progress=False)
+    bpe.train_from_iterator([README], 400, show_progress=False)
     tokens = np.array(bpe.encode(README).ids)
     tokens = tokens[:len(tokens) // 33 * 33].reshape(-1, 33)
     topics = np.arange(len(tokens))[:, None] % 3 + np.zeros_like(tokens)
@@ -50,7 +49,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp('home')
     with contextlib.chdir(home):
         for arm, flags in ARMS.items():
-            text_dataset(f'data/{arm}', SPECIAL[arm])
+            text_dataset(f'data/{arm}')
             flags = [*TINY, *flags, f'--data_dir=data/{arm}', '--out_dir=out/demo', '--max_iters=4']
             train.main(configure('train.py', flags))
             drope.main(configure('drope.py', [f'--run={folder_of(arm, "rope")}', '--recal_iters=2', '--device=cpu']))
@@ -90,9 +89,6 @@ def test_transformers_opens_it(home, arm, kind):
     for text in (TEXT, 'one<|endoftext|>two'):
         ids = tokenizer(text)['input_ids']
         assert ids == bpe.encode(text).ids and tokenizer.decode(ids) == text
-    expected = (0, 1, None) if SPECIAL[arm] else (None, None, None)
-    for has in (tokenizer, theirs.config):
-        assert (has.pad_token_id, has.eos_token_id, has.bos_token_id) == expected
 
 def test_readme_opens_it_in_transformer_lens(home, monkeypatch):
     """The attention patterns that TransformerLens caches are those that analyze.py measures."""
