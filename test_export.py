@@ -132,10 +132,6 @@ def test_bad_exports(home, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, 'replace', Mock(side_effect=OSError(errno.ENOSPC, 'No space left on device')))
         says('hf', 'No space left')
-    large = '{"model": {"vocab": {"a": 400}}, "added_tokens": []}'
-    for text, words in (('{"model": ', 'make the dataset again'), ('[]', 'not a BPE'), (large, 'only 400 tokens')):
-        (data / 'tokenizer.json').write_text(text)
-        says('data/tokenizer.json', words)
     runs.write_json(f'{bad}/config.json', config | {'n_topics': 9})
     says('wants another dataset', 'n_topics = 3 there, here 9')      # its tokenizer is not the run's
     shutil.rmtree(data)                                              # the data is gone: no tokenizer
