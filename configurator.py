@@ -31,8 +31,8 @@ class Setting(typing.NamedTuple):
     default: object         # a tuple's default asks for a tuple
     kind: type              # that a value must have, or every element of a tuple
     range: str              # of a number: '[0, 1)'; '' is any
-    comment: str = ''
-    optional: bool = False  # may be None
+    comment: str
+    optional: bool          # may be None
 
 def source(path):
     """The text of a script beside this one, or of any file, with or without a byte order mark."""
@@ -58,12 +58,12 @@ def block(script):
         key, annotation = setting.groups()
         exec(text, scratch)
         value = scratch[key]
-        _, _, comment = lines[node.lineno - 1].partition('# ')
+        comment = lines[node.lineno - 1].partition('# ')[2]
         kind = eval(annotation) if annotation else type(value)
         if kind is tuple:
             kind = type(value[0])
-        interval = re.search(r'[\[(]-?[\d.]+, (?:[\d.e*]+|inf)[\])]$', comment)
-        keys[key] = Setting(value, kind, interval[0] if interval else '', comment, bool(annotation))
+        interval = re.search(r'[\[(]-?[\d.]+, (?:[\d.e*]+|inf)[\])]$', comment) or ['']
+        keys[key] = Setting(value, kind, interval[0], comment, bool(annotation))
     return keys
 
 def blocks(scripts):
@@ -75,10 +75,10 @@ def blocks(scripts):
 
 def within(x, interval):
     """Whether a number lies in an interval, '[0, 2**63)'; nan lies in none."""
-    low, high = (eval(end, {'inf': math.inf}) for end in interval[1:-1].split(', '))
-    above = x >= low if interval[0] == '[' else x > low
-    below = x <= high if interval[-1] == ']' else x < high
-    return above and below
+    low, high = interval[1:-1].split(', ')
+    above = '<=' if interval[0] == '[' else '<'
+    below = '<=' if interval[-1] == ']' else '<'
+    return eval(f'{low} {above} x {below} {high}', {'x': x, 'inf': math.inf})
 
 def check(key, value, setting, where):
     """The value as the setting wants it, or one line that says what is wrong with it; ~ is the home folder."""
@@ -102,7 +102,10 @@ def check(key, value, setting, where):
         raise SystemExit(f'{where}: {key} = {value!r} is not in {setting.range}')
     return expanduser(value) if kind is str else value
 
-def unknown(key, known, where):
+def setting_of(key, known, where):
+    """The setting of a key, or one line that names the nearest."""
+    if key in known:
+        return known[key]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f'; did you mean {near[0]!r}?' if near else ''
     raise SystemExit(f'{where}: unknown key {key!r}{hint}')
@@ -123,9 +126,7 @@ def read_file(path):
     for key, value in scratch.items():
         if key.startswith('_') or callable(value) or isinstance(value, types.ModuleType):
             continue                                        # what a config imports or defines to derive its values
-        if key not in known:
-            unknown(key, known, path)
-        keys[key] = check(key, value, known[key], path)
+        keys[key] = check(key, value, setting_of(key, known, path), path)
     return keys
 
 def parse(text):
@@ -141,7 +142,7 @@ def configure(script, argv=None, positional=False, stages=()):
     """The resolved config of a script, as a namespace.
 
     script: its __file__. argv: config files and --key=value flags (default: the command line).
-    positional: plain arguments that are not .py files are kept in cfg.paths (plot.py's folders).
+    positional: it takes a folder too, a plain argument that is not a .py file: cfg.paths (plot.py's).
     stages: other scripts whose keys this one takes as well (run_experiment.py passes them on).
     cfg.overrides holds what files and flags have set, cfg.files the names of the files.
     """
@@ -150,15 +151,16 @@ def configure(script, argv=None, positional=False, stages=()):
     argv = sys.argv[1:] if argv is None else argv
     if '-h' in argv or '--help' in argv:
         print(ast.get_docstring(ast.parse(source(name))) or name, end='\n\n')
-        for key, setting in blocks((*stages[::-1], name)).items():             # its own last: in sight
+        for key, setting in keys.items():                   # its own last: in sight
             print(f'--{key}={setting.default!r}'.ljust(39), setting.comment)
-        raise SystemExit(0)
+        raise SystemExit
 
     flags = [arg for arg in argv if arg.startswith('--')]
     files = [arg for arg in argv if arg.endswith('.py') and arg not in flags]
     paths = [expanduser(arg) for arg in argv if arg not in files + flags]
-    if paths and not positional:
-        raise SystemExit(f'{name}: {paths[0]!r} is neither a config file (.py) nor a --key=value flag')
+    if len(paths) != positional:                            # True is one
+        raise SystemExit(f'{name} takes config files (.py), --key=value flags and {"one" if positional else "no"} '
+                         f'experiment folder; here {paths}')
 
     overrides = {}
     for path in files:
@@ -166,11 +168,9 @@ def configure(script, argv=None, positional=False, stages=()):
     for flag in flags:
         key, eq, text = flag[2:].partition('=')
         where = f'{name} {flag}'
-        if key not in keys:
-            unknown(key, keys, where)
+        setting = setting_of(key, keys, where)
         if not eq:
             raise SystemExit(f'{where}: write {flag}=value')
-        setting = keys[key]
         value = text if type(setting.default) is str else parse(text)          # --run=123 names a folder, not a number
         overrides[key] = check(key, value, setting, where)
     # a file may have set keys of other scripts too
