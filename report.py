@@ -52,13 +52,16 @@ PAIRS = ('cka', 'profile')          # of two runs: what differs is how alike the
 SHUFFLES = ('shuffled', 'reshuffled')       # exchangeable: their mean is the base
 SHORT = ('val_loss', 'within', 'entropy', 'probe', 'score_p')   # the log's table
 
-def names(rows, key):
-    """The values of a key, once each, in the order of the rows."""
-    return list(dict.fromkeys(row[key] for row in rows))
+def grouped(rows, key):
+    """{value of a key: the rows that have it}, in the order of the rows."""
+    found = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found
 
 def pick(rows, **wanted):
     """The rows with these values."""
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return [row for row in rows if wanted.items() <= row.items()]
 
 def part(row, path):
     """'probe.accuracy' of a row; None where something on the way is missing."""
@@ -78,21 +81,16 @@ def value(row, key):
         return found[(len(found) - 1) // 2]
     return float(np.mean(found[-1])) if isinstance(found, list) else found
 
-def loss_above(row):
-    """Nats above the Bayes filter; the validation loss itself where there is no filter."""
-    return row['val_loss'] if row['excess'] is None else row['excess']
-
 # -----------------------------------------------------------------------------
 # tests on paired differences
 
 def t_interval(x):
     """(mean, low, high): the 95% t-interval of a sample; low and high None for a sample of one, all of an empty one."""
-    if not len(x):
-        return None, None, None
-    mean = np.mean(x)
-    if len(x) == 1:
+    n = len(x)
+    mean = np.mean(x) if n else None
+    if n < 2:
         return mean, None, None
-    half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
+    half = stats.t.ppf(0.975, n - 1) * stats.sem(x)
     return mean, mean - half, mean + half
 
 @functools.cache
@@ -194,22 +192,21 @@ def numbers(curves, measure):
 
 def at_equal_loss(curves, measure):
     """The same, mean over the losses that all arms reach: interpolated, never extrapolated (NaN)."""
-    at = []
-    low = max(min(map(loss_above, curve)) for curve in curves)
-    high = min(max(map(loss_above, curve)) for curve in curves)
-    grid = np.linspace(low, high, 200)                      # an arm that does not reach `low` is NaN there
+    lines = []
     for curve in curves:
-        rising = sorted(curve, key=loss_above)
-        y = np.array([value(row, measure) for row in rising], float)
-        at.append(np.interp(grid, [loss_above(row) for row in rising], y, right=np.nan).mean())
-    return at
+        points = [(row['val_loss'], value(row, measure)) for row in curve]
+        lines.append(np.array(sorted(points), float).T)     # [2, lengths], the losses rising
+    low = max(x[0] for x, _ in lines)
+    high = min(x[-1] for x, _ in lines)
+    grid = np.linspace(low, high, 200)                      # an arm that does not reach `low` is NaN there
+    return [np.interp(grid, x, y, right=np.nan).mean() for x, y in lines]
 
 def compared(rows, contrast, where, measure, numbers=numbers):
     """The effect of a contrast at some positions: an arm's number minus the mean of the others, over seeds. Its p: by
     sign flips; of PAIRS by exchanging the three names, any of which could be the arm's."""
     conditions = [runs.condition(arm, where) for arm in contrast['arms']]
     found = {}                                              # seed -> the difference, and after exchanges
-    for seed in names(pick(rows, condition=conditions[0]), 'seed'):
+    for seed in grouped(pick(rows, condition=conditions[0]), 'seed'):
         curves = [pick(rows, condition=name, seed=seed) for name in conditions]
         curves = [curve for curve in curves if curve]       # one shuffle will do, for pairs two are needed
         if len(curves) > 1 + (measure in PAIRS):
@@ -222,6 +219,7 @@ def compared(rows, contrast, where, measure, numbers=numbers):
     return contrast | {
         'label': f'{contrast["label"]}, {where}',
         'where': where,
+        'conditions': conditions,
         'measure': measure,
         'kind': 'explored',
         'differences': dict(zip(found, d)),
@@ -239,7 +237,7 @@ def effects(header, rows):
     rows, found = pick(rows, main=True), []
     primary, _, at = header['compare']['primary']
     measures = [key for key, m in MEASURES.items() if m.role]
-    wanted = itertools.product(contrasts(rows, header['compare']), names(rows, 'positions'), measures)
+    wanted = itertools.product(contrasts(rows, header['compare']), grouped(rows, 'positions'), measures)
     for contrast, where, measure in wanted:
         e = compared(rows, contrast, where, measure)
         if contrast['named'] and where in FAMILY:
@@ -249,9 +247,8 @@ def effects(header, rows):
             gate(e, compared(rows, contrast, 'kept', measure))
         if e['n'] and (measure != 'profile' or reliability(rows, e) >= 0.8):
             found.append(e)
-    tested = pick(found, kind='tested')
-    for attention in names(tested, 'attention'):
-        adjust(pick(tested, attention=attention))
+    for family in grouped(pick(found, kind='tested'), 'attention').values():
+        adjust(family)
     return found
 
 def gate(e, kept):
@@ -261,8 +258,7 @@ def gate(e, kept):
 
 def reliability(rows, e):
     """Of the profiles of P that an effect compares: of odd with even rows, mean over runs."""
-    conditions = [runs.condition(arm, e['where']) for arm in e['arms']]
-    return np.mean([part(row, 'reliability') or 0 for row in rows if row['condition'] in conditions])
+    return np.mean([part(row, 'reliability') or 0 for row in rows if row['condition'] in e['conditions']])
 
 def adjust(family):
     """Fill in p_adjusted of effects; a flip flips the same seeds in all of them: those that every effect has."""
@@ -276,7 +272,7 @@ def course(header, rows):
     """The primary measure by recalibration length: a contrast, steps, effects rope, kept and drope, Fieller's ratio."""
     found = []
     measure = header['compare']['primary'][0]
-    for contrast, steps in itertools.product(contrasts(rows, header['compare']), names(rows, 'recal_steps')):
+    for contrast, steps in itertools.product(contrasts(rows, header['compare']), grouped(rows, 'recal_steps')):
         at = pick(rows, recal_steps=None) + pick(rows, recal_steps=steps)
         c = {where: compared(at, contrast, where, measure) for where in ('rope', 'kept', 'drope')}
         if c['kept']['n'] and c['drope']['n']:
@@ -309,7 +305,9 @@ def number(values, form):
     if None in values or not values:
         return '—'
     mean, low, _ = t_interval(values)
-    return format(mean, form) + ('' if low is None else ' ± ' + format(mean - low, form).lstrip('+'))
+    if low is None:
+        return format(mean, form)
+    return f'{mean:{form}} ± {mean - low:{form.lstrip("+")}}'
 
 def chance(rows, key):
     """What a measure is without structure, mean over the trained runs."""
@@ -317,18 +315,18 @@ def chance(rows, key):
     levels = [part(row, path) if path else 0 for row in pick(rows, recal_steps=None) or rows]
     return runs.show(None if None in levels else np.mean(levels), MEASURES[key].format)
 
+def labelled(row):
+    """The row, with a label: its condition and, where its length is not the main one, the steps."""
+    length = '' if row['main'] else f', {row["recal_steps"]} steps'
+    return row | {'label': row['condition'] + length}
+
 def rows_table(rows, columns, form=''):
     """A column for each of {key: heading}, a line for each condition and length of which something is known."""
-    lines, groups = [], {}
-    for row in rows:
-        length = '' if row['main'] else f', {row["recal_steps"]} steps'
-        groups.setdefault(row['condition'] + length, []).append(row)
-    for name, group in groups.items():
+    lines = [] if form else [['chance', *(chance(rows, key) for key in columns), '']]
+    for name, group in grouped(map(labelled, rows), 'label').items():
         cells = [number([value(row, key) for row in group], form or MEASURES[key].format) for key in columns]
         if not form or set(cells) != {'—'}:                 # all measures may be stale
             lines.append([name, *cells, str(len(group))])
-    if not form:
-        lines.insert(0, ['chance', *(chance(rows, key) for key in columns), ''])
     return table(['Condition', *columns.values(), 'n'], lines)
 
 def tested(e):
@@ -342,8 +340,8 @@ def tested(e):
 def effects_table(found, keys, text=tested):
     """A line for each contrast at some positions, a column for each measure."""
     lines = []
-    for label in names(found, 'label'):
-        cells = {e['measure']: text(e) for e in pick(found, label=label)}
+    for label, of_label in grouped(found, 'label').items():
+        cells = {e['measure']: text(e) for e in of_label}
         lines.append([label, *(cells.get(key, '—') for key in keys)])
     return table(['Difference', *(MEASURES[key].heading for key in keys)], lines)
 
@@ -423,9 +421,9 @@ def summary(header, rows, figures=()):
         f'# {header["experiment"]}', '', f'{header["device"]}, torch {header["versions"]["torch"]}.', '',
         *rows_table(pick(rows, main=True), short),
         *effects_table(named, SHORT, itemgetter('text')),
-        SEVERAL if len(names(rows, 'seed')) > 1 else ONE_SEED, '',
+        SEVERAL if len(grouped(rows, 'seed')) > 1 else ONE_SEED, '',
         MAIN, *rows_table(rows, headings),
-        *section(EFFECTS.format(primary=primary), effects_table(found, names(found, 'measure'))),
+        *section(EFFECTS.format(primary=primary), effects_table(found, grouped(found, 'measure'))),
         *section(COURSE, course_table(course(header, rows))),
         *section(MATCHED, effects_table(matched(header, rows), ('score_p', 'probe')))]
     for text, of_trained, form, columns in FURTHER:
@@ -435,8 +433,6 @@ def summary(header, rows, figures=()):
 
 def main(cfg):
     """Writes summary.md of an experiment folder, and prints its first part."""
-    if len(cfg.paths) != 1:
-        raise SystemExit('report.py takes an experiment folder: report.py out/demo')
     folder, = cfg.paths
     figures = f'{folder}/figures'
     path = f'{folder}/summary.md'
