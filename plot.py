@@ -63,13 +63,10 @@ def load(folder):
         note += f', the first {len(colour)} of {len(arms)} arms'
     return SimpleNamespace(folder=folder, header=header, shown=shown, main=main, colour=colour, note=note)
 
-def having(rows, path):
-    """The rows with that part, 'heads.score_p'."""
-    return [row for row in rows if part(row, path) is not None]
-
 def over_seeds(rows, path):
-    """That part of every row that has it, [n, ...]; NaN where it holds null."""
-    return np.array([part(row, path) for row in having(rows, path)], float)
+    """That part of every row that has it, 'heads.score_p': [n, ...]; NaN where it holds null."""
+    found = [part(row, path) for row in rows]
+    return np.array([x for x in found if x is not None], float)
 
 # -----------------------------------------------------------------------------
 # drawing
@@ -217,9 +214,7 @@ LENS = [
     Line('share, all tokens', 'layers passed, norm, logit', 'lens.projection.value', {
         'chance': 'lens.projection.chance'}),
     Line('others, above chance', 'layers passed, norm, logit', 'lens.projection_others.value', {
-        'SD of chance': 'lens.projection_others.chance_sd'}, minus='lens.projection_others.chance'),
-    Line('QK rank', 'layer', 'heads.qk_rank', {'at initialisation': 'init_rank.qk_rank'}),
-    Line('OV rank', 'layer', 'heads.ov_rank', {'at initialisation': 'init_rank.ov_rank'})]
+        'SD of chance': 'lens.projection_others.chance_sd'}, minus='lens.projection_others.chance')]
 
 def plot_probe(exp):
     """Accuracy of a linear probe; faint: seeds. Above, by layer, beside what the majority, the token, the last 32
@@ -229,13 +224,12 @@ def plot_probe(exp):
 
 def plot_lens(exp):
     """Share of the hidden state (last point: of the logit) that tokens of the own topic contributed, exact and linear.
-    Below it without the position's own token, minus chance (labels of other rows). Effective rank of QK and OV: mean
-    over heads. Faint: seeds. What was not measured has no panels."""
-    return plot_lines(exp, LENS, 'own topic by depth, and ranks')
+    Below it without the position's own token, minus chance (labels of other rows). Faint: seeds."""
+    return plot_lines(exp, LENS, 'own topic by depth')
 
 def plot_lines(exp, table, headline):
     """Numbers by layer: a column of panels for each kind of positions, a row for each line of the table."""
-    lines = [line for line in table if having(exp.main, line.y)]
+    lines = [line for line in table if len(over_seeds(exp.main, line.y))]
     if not lines:
         return f'no row has {table[0].y}'
     columns = grouped(exp.main, 'positions')
@@ -245,16 +239,16 @@ def plot_lines(exp, table, headline):
         across[0].set_ylabel(line.ylabel)
         for (positions, rows), ax in zip(columns.items(), across):
             ax.set(title=positions, xlabel=line.xlabel)
-            for arm, mine in grouped(having(rows, line.y), 'arm').items():
+            for arm, mine in grouped(rows, 'arm').items():
                 draw_line(ax, line, mine, exp.colour[arm])
     legend(fig)
     return fig
 
 def draw_line(ax, line, rows, colour):
     """An arm in one panel of numbers by layer: faint, every seed; bold, the mean; grey, the references."""
-    y = over_seeds(rows, line.y)                            # [n, points]; of heads [n, n_layer, n_head]
-    if y.ndim == 3:
-        y = y.mean(2)
+    y = over_seeds(rows, line.y)                            # [n, points]
+    if not len(y):
+        return
     if line.minus:
         y -= over_seeds(rows, line.minus)
     ax.plot(y.T, color=colour, alpha=0.2)
@@ -277,18 +271,17 @@ def plot_effects(exp):
     if not found:
         return 'no two arms have a seed in common'
     keys = grouped(found, 'measure')
-    labels = list(grouped(found, 'label'))
+    n = len(grouped(found, 'label'))
     shape = (len(keys) + 2) // 3, 3
-    fig, axes = canvas(exp, f'paired differences (seeds: {exp.note})', shape, 0.75 + 0.19 * len(labels), sharey=True)
+    fig, axes = canvas(exp, f'paired differences (seeds: {exp.note})', shape, 0.75 + 0.19 * n, sharey=True)
     for (key, of_key), ax in zip(keys.items(), axes.flat):
         measure = report.MEASURES[key]
         ax.set(title=measure.heading, xlabel=f'difference ({measure.unit})')
         ax.axvline(0, color=GREY)
-        ax.locator_params(nbins=5)
-        ax.set_yticks(range(len(labels)), labels)
-        ax.set_ylim(len(labels), -1)
+        ax.locator_params('x', nbins=5)
+        ax.set_ylim(n, -1)                                  # from above, as in the tables
         for e in of_key:
-            y = labels.index(e['label'])
+            y = e['label']
             colour = exp.colour[e['arms'][0]]
             ax.plot([e['low'], e['high']], [y, y], color=colour)
             ax.plot(e['mean'], y, MARKS[e['kind']], color=colour)
@@ -303,7 +296,8 @@ def plot_course(exp):
     dropped; faint: seeds. Bars and bands: 95% interval of the mean. Bands: the controls, dropped (the schedule without
     its topics; another shuffle)."""
     found = report.course(exp.header, exp.shown)
-    if not pick(found, named=True):
+    named = pick(found, named=True)
+    if not named:
         return 'no length has the arms of the primary measure, with RoPE kept and dropped'
     measure = report.MEASURES[exp.header['compare']['primary'][0]]
     headline = f'{measure.heading}: what order leaves, by recalibration ({exp.note})'
@@ -312,10 +306,9 @@ def plot_course(exp):
     for course in grouped(found, 'label').values():
         draw_course(exp, ax, course)
     ax.set(xscale='log', xlabel='steps of recalibration', ylabel=f'difference ({measure.unit})')
-    lengths = pick(found, named=True, attention=found[0]['attention'])
-    steps = [c['steps'] for c in lengths]
-    ax.set_xticks(steps, [f'{c["steps"]}\nn = {c["drope"]["n"]}' for c in lengths])
-    ax.set_xlim(steps[0] / 1.5, steps[-1] * 1.5)            # of one length too
+    ticks = {c['steps']: f'{c["steps"]}\nn = {c["drope"]["n"]}' for c in named}
+    ax.set_xticks(list(ticks), ticks.values())
+    ax.set_xlim(min(ticks) / 1.5, max(ticks) * 1.5)         # of one length too
     ax.minorticks_off()
     legend(fig)
     return fig

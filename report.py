@@ -150,14 +150,13 @@ def smallest_effect(d):
 def against(row, compare):
     """What an arm is compared with: lists of arms, whose mean is subtracted. The base in windows of its kind (pure
     windows of the base: mixed ones), and the placebo in the same passes; a rerun with what it repeats."""
-    plain = row | {'repeat': 0}
-    shuffles = SHUFFLES if compare['base'] in SHUFFLES else (compare['base'],)
-    base = [plain | {'order': order, 'cycles': 1, 'cooldown': 0.0} for order in shuffles]
     if row['repeat']:
-        return [[plain]]
+        return [[row | {'repeat': 0}]]
+    shuffles = SHUFFLES if compare['base'] in SHUFFLES else (compare['base'],)
+    base = [row | {'order': order, 'cycles': 1, 'cooldown': 0.0} for order in shuffles]
     if row['order'] == compare['base']:
         return [[other | {'pure': False} for other in base]] if row['pure'] else []
-    return [base] if row['order'] in shuffles else [base, [plain | {'order': compare['placebo']}]]
+    return [base] if row['order'] in shuffles else [base, [row | {'order': compare['placebo']}]]
 
 def contrasts(rows, compare):
     """Dicts of what is compared: attention, order, arms (one, then those whose mean is subtracted), label, named."""
@@ -168,9 +167,12 @@ def contrasts(rows, compare):
         for others in against(row, compare):
             arms = [arm for arm in map(runs.arm_name, others) if arm in known and arm != name]
             if arms:
-                label = f'{name} - {"base" if len(arms) > 1 else arms[0]}'
-                found.append({'attention': row['attention'], 'order': row['order'], 'arms': [name, *arms],
-                              'label': label, 'named': named})
+                found.append({
+                    'attention': row['attention'],
+                    'order': row['order'],
+                    'arms': [name, *arms],
+                    'label': f'{name} - {"base" if len(arms) > 1 else arms[0]}',
+                    'named': named})
             named = False                                   # that is with the base
     return found
 
@@ -206,10 +208,11 @@ def compared(rows, contrast, where, measure, numbers=numbers):
     sign flips; of PAIRS by exchanging the three names, any of which could be the arm's."""
     conditions = [runs.condition(arm, where) for arm in contrast['arms']]
     found = {}                                              # seed -> the difference, and after exchanges
-    for seed in grouped(pick(rows, condition=conditions[0]), 'seed'):
-        curves = [pick(rows, condition=name, seed=seed) for name in conditions]
-        curves = [curve for curve in curves if curve]       # one shuffle will do, for pairs two are needed
-        if len(curves) > 1 + (measure in PAIRS):
+    for seed, of_seed in grouped(rows, 'seed').items():
+        known = grouped(of_seed, 'condition')
+        curves = [known[name] for name in conditions if name in known]
+        # one shuffle will do, for pairs two are needed
+        if conditions[0] in known and len(curves) > 1 + (measure in PAIRS):
             x = np.array(numbers(curves, measure), float)
             d, *renamed = x - (x.sum() - x) / (len(x) - 1)  # each minus the mean of the others
             if np.isfinite(d):                              # sorted: no shuffle is the first
@@ -274,11 +277,11 @@ def course(header, rows):
     measure = header['compare']['primary'][0]
     for contrast, steps in itertools.product(contrasts(rows, header['compare']), grouped(rows, 'recal_steps')):
         at = pick(rows, recal_steps=None) + pick(rows, recal_steps=steps)
-        c = {where: compared(at, contrast, where, measure) for where in ('rope', 'kept', 'drope')}
-        if c['kept']['n'] and c['drope']['n']:
-            gate(c['drope'], c['kept'])
-            ratio = fieller(c['drope']['differences'], c['kept']['differences'])
-            found.append(contrast | c | {'steps': steps, 'ratio': ratio})
+        rope, kept, drope = (compared(at, contrast, where, measure) for where in ('rope', 'kept', 'drope'))
+        if kept['n'] and drope['n']:
+            gate(drope, kept)
+            ratio = fieller(drope['differences'], kept['differences'])
+            found.append(contrast | {'steps': steps, 'rope': rope, 'kept': kept, 'drope': drope, 'ratio': ratio})
     return found
 
 def matched(header, rows):
@@ -317,8 +320,7 @@ def chance(rows, key):
 
 def labelled(row):
     """The row, with a label: its condition and, where its length is not the main one, the steps."""
-    length = '' if row['main'] else f', {row["recal_steps"]} steps'
-    return row | {'label': row['condition'] + length}
+    return row | {'label': row['condition'] + f', {row["recal_steps"]} steps' * (not row['main'])}
 
 def rows_table(rows, columns, form=''):
     """A column for each of {key: heading}, a line for each condition and length of which something is known."""
@@ -332,7 +334,7 @@ def rows_table(rows, columns, form=''):
 def tested(e):
     """An effect as text, with what is known of it."""
     text = e['text']
-    for key, form in (('n', ''), ('p', '.2g'), ('p_adjusted', '.2g'), ('smallest', '.4f')):
+    for key, form in {'n': '', 'p': '.2g', 'p_adjusted': '.2g', 'smallest': '.4f'}.items():
         if e[key] is not None:
             text += f', {key} {e[key]:{form}}'
     return f'**{text}**' if e['kind'] == 'primary' else text
