@@ -9,7 +9,6 @@ a flag must belong to this script. A comment that ends with an interval, [1, inf
 Unknown keys, wrong types and numbers out of range stop with one line. `-h` prints the docstring and the block.
 """
 import ast
-import contextlib
 import difflib
 import functools
 import math
@@ -18,6 +17,7 @@ import re
 import sys
 import types
 import typing
+from contextlib import suppress
 from os.path import abspath, basename, dirname, expanduser, join
 
 _here = dirname(abspath(__file__))
@@ -120,8 +120,8 @@ def read_file(path):
         exec(compile(source(abspath(path)), path, 'exec'), scratch)
     except Exception as e:                                  # a missing file too
         raise SystemExit(f'{path}: {type(e).__name__}: {e}; a config is a Python file such as config/run1.py') from None
-    own = scratch.get('data_script') or SCRIPTS[0]          # a data script of one's own has keys of its own
-    known = blocks((own, *SCRIPTS))
+    # a data script of one's own has keys of its own
+    known = blocks((scratch.get('data_script') or SCRIPTS[0], *SCRIPTS))
     keys = {}
     for key, value in scratch.items():
         if key.startswith('_') or callable(value) or isinstance(value, types.ModuleType):
@@ -185,18 +185,18 @@ class Patient:
     nor where it is closed or cannot show a character."""
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, 'w')
-        with contextlib.suppress(AttributeError):           # a notebook's shows every character
+        with suppress(AttributeError):           # a notebook's shows every character
             self.stream.reconfigure(errors='replace')
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self.stream.write(text)
 
     def flush(self):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self.stream.flush()
 
 def be_patient():

@@ -79,12 +79,13 @@ def canvas(exp, headline, shape, height, **grid):
     return fig, axes
 
 def legend(fig):
-    """Beside the panels: every label of a line, once."""
+    """Beside the panels: every label of a line, once; nothing where there is none."""
     found = {}
     for ax in fig.axes:
         handles, labels = ax.get_legend_handles_labels()
         found.update(zip(labels, handles))
-    fig.legend(found.values(), found, loc='outside right upper')
+    if found:
+        fig.legend(found.values(), found, loc='outside right upper')
 
 # -----------------------------------------------------------------------------
 # 1: losses
@@ -98,17 +99,15 @@ def plot_loss(exp):
         steps = np.array(row['curve']['step'])
         loss = over_seeds(rows, 'curve.val_loss').mean(0)
         late = np.isfinite(loss) & (steps >= steps[-1] / 10)
-        ax = axes[0, int(row['recal_steps'] is not None)]
-        line = LINES.get(row['positions'], (0, (1, 4)))
-        label = f'{name} {loss[-1]:.3f}'
-        ax.plot(steps[late], loss[late], label=label, color=exp.colour[row['arm']], ls=line, marker='.')
+        axes[0, int(row['recal_steps'] is not None)].plot(
+            steps[late], loss[late], label=f'{name} {loss[-1]:.3f}', color=exp.colour[row['arm']],
+            ls=LINES.get(row['positions'], (0, (1, 4))), marker='.')
     for ax, title in zip(axes[0], ('training', 'recalibration')):
         ax.set(title=title, xlabel='steps', ylabel='loss (nats per token)', ylim=ax.get_ylim())
         for name, style in zip(exp.main[0]['references'], STYLES):
             nats = over_seeds(exp.main, f'references.{name}')
             if len(nats):
                 ax.axhline(nats.mean(), color=GREY, ls=style, label=f'{name} {nats.mean():.3f}')
-    legend(fig)
     return fig
 
 # -----------------------------------------------------------------------------
@@ -121,14 +120,15 @@ def plot_order(exp):
     arms = grouped(rows, 'arm')
     if not arms:
         return 'no row of a training run'
-    headline = f'order of the training rows (first seed of {exp.note})'
-    fig, axes = canvas(exp, headline, (len(arms), 1), 1, sharex=True)
+    fig, axes = canvas(
+        exp, f'order of the training rows (first seed of {exp.note})',
+        (len(arms), 1), 1, sharex=True)
     for (arm, mine), ax in zip(arms.items(), axes.flat):
         curve = mine[0]['curve']
         counts = np.array(curve['topics'])                  # [points, K] rows read since the point before
         share = counts / counts.sum(1, keepdims=True).clip(1)
-        colours = plt.cm.viridis(np.linspace(0, 1, counts.shape[1]))
-        ax.stackplot(curve['step'], share.T, colors=colours, step='pre')
+        ax.set_prop_cycle(color=plt.cm.viridis(np.linspace(0, 1, counts.shape[1])))
+        ax.stackplot(curve['step'], share.T, step='pre')
         ax.margins(0)
         ax.set(title=arm, ylabel='share', yticks=[0, 1])
     ax.set_xlabel('training steps')
@@ -147,8 +147,9 @@ def plot_heads(exp):
     if not arms:
         return 'no row has P'
     limit = np.clip(np.nanmax(abs(over_seeds(rows, 'heads.score_p'))), 0.1, 1)
-    headline = f'score P of every head (mean over seeds, {exp.note})'
-    fig, axes = canvas(exp, headline, (len(arms), len(positions)), 1.5)
+    fig, axes = canvas(
+        exp, f'score P of every head (mean over seeds, {exp.note})',
+        (len(arms), len(positions)), 1.5)
     for name, mine in grouped(rows, 'condition').items():
         P = over_seeds(mine, 'heads.score_p').mean(0)       # [n_layer, n_head]
         ax = axes[arms.index(mine[0]['arm']), positions.index(mine[0]['positions'])]
@@ -172,8 +173,9 @@ def plot_maps(exp):
     shown = [name for name in grouped(exp.main, 'condition') if name in examples]
     if not shown:
         return 'examples.json has no attention maps of these runs'
-    headline = f'the head with the highest P (first seed of {exp.note})'
-    fig, axes = canvas(exp, headline, ((len(shown) + 3) // 4, 4), 3)
+    fig, axes = canvas(
+        exp, f'the head with the highest P (first seed of {exp.note})',
+        ((len(shown) + 3) // 4, 4), 3)
     for name, ax in zip(shown, axes.flat):
         example = examples[name]
         topics = np.array(example['topics'])
@@ -233,15 +235,15 @@ def plot_lines(exp, table, headline):
     if not lines:
         return f'no row has {table[0].y}'
     columns = grouped(exp.main, 'positions')
-    shape = len(lines), len(columns)
-    fig, axes = canvas(exp, f'{headline} (mean over seeds, {exp.note})', shape, 2.2, sharey='row')
+    fig, axes = canvas(
+        exp, f'{headline} (mean over seeds, {exp.note})',
+        (len(lines), len(columns)), 2.2, sharey='row')
     for line, across in zip(lines, axes):
         across[0].set_ylabel(line.ylabel)
         for (positions, rows), ax in zip(columns.items(), across):
             ax.set(title=positions, xlabel=line.xlabel)
             for arm, mine in grouped(rows, 'arm').items():
                 draw_line(ax, line, mine, exp.colour[arm])
-    legend(fig)
     return fig
 
 def draw_line(ax, line, rows, colour):
@@ -265,15 +267,16 @@ def draw_line(ax, line, rows, colour):
 # 6: effects
 
 def plot_effects(exp):
-    """Arm minus arm in the same seeds; bars: 95% interval (of one seed none). p: sign flips, unadjusted (adjusted ones:
-    summary.md). Diamond: the primary measure; circle: tested family; cross: explored."""
+    """Arm minus arm in the same seeds; bars: 95% interval (of one seed none); p: summary.md. Diamond: the primary
+    measure; circle: tested family; cross: explored."""
     found = report.effects(exp.header, exp.shown)
     if not found:
         return 'no two arms have a seed in common'
     keys = grouped(found, 'measure')
     n = len(grouped(found, 'label'))
-    shape = (len(keys) + 2) // 3, 3
-    fig, axes = canvas(exp, f'paired differences (seeds: {exp.note})', shape, 0.75 + 0.19 * n, sharey=True)
+    fig, axes = canvas(
+        exp, f'paired differences (seeds: {exp.note})',
+        ((len(keys) + 2) // 3, 3), 0.75 + 0.19 * n, sharey=True)
     for (key, of_key), ax in zip(keys.items(), axes.flat):
         measure = report.MEASURES[key]
         ax.set(title=measure.heading, xlabel=f'difference ({measure.unit})')
@@ -281,11 +284,9 @@ def plot_effects(exp):
         ax.locator_params('x', nbins=5)
         ax.set_ylim(n, -1)                                  # from above, as in the tables
         for e in of_key:
-            y = e['label']
             colour = exp.colour[e['arms'][0]]
-            ax.plot([e['low'], e['high']], [y, y], color=colour)
-            ax.plot(e['mean'], y, MARKS[e['kind']], color=colour)
-            ax.text(1.02, y, 'p ' + runs.show(e['p'], '.2g'), va='center', transform=ax.get_yaxis_transform())
+            ax.plot([e['low'], e['high']], [e['label']] * 2, color=colour)
+            ax.plot(e['mean'], e['label'], MARKS[e['kind']], color=colour)
     return fig
 
 # -----------------------------------------------------------------------------
@@ -300,8 +301,9 @@ def plot_course(exp):
     if not named:
         return 'no length has the arms of the primary measure, with RoPE kept and dropped'
     measure = report.MEASURES[exp.header['compare']['primary'][0]]
-    headline = f'{measure.heading}: what order leaves, by recalibration ({exp.note})'
-    fig, ((ax,),) = canvas(exp, headline, (1, 1), 4.2)
+    fig, ((ax,),) = canvas(
+        exp, f'{measure.heading}: what order leaves, by recalibration ({exp.note})',
+        (1, 1), 4.2)
     ax.axhline(0, color=GREY, lw=1)
     for course in grouped(found, 'label').values():
         draw_course(exp, ax, course)
@@ -310,7 +312,6 @@ def plot_course(exp):
     ax.set_xticks(list(ticks), ticks.values())
     ax.set_xlim(min(ticks) / 1.5, max(ticks) * 1.5)         # of one length too
     ax.minorticks_off()
-    legend(fig)
     return fig
 
 def draw_course(exp, ax, course):
@@ -328,20 +329,12 @@ def draw_course(exp, ax, course):
             ax.errorbar(steps, mean, mean - low, marker=marker, label=line[0]['label'], **style)
             for seed in line[0]['differences']:
                 ax.plot(steps, [e['differences'].get(seed, np.nan) for e in line], alpha=0.2, **style)
-        elif where == 'drope' and first['order'] in (exp.header['compare']['placebo'], report.SHUFFLES[1]):
+        elif where == 'drope' and first['control']:
             ax.fill_between(steps, low, 2 * mean - low, alpha=0.2, label=line[0]['label'], **style)
 
 # -----------------------------------------------------------------------------
 
 FIGURES = [plot_loss, plot_order, plot_heads, plot_maps, plot_probe, plot_effects, plot_course, plot_lens]
-
-def png(figure, dpi):
-    """A figure as the bytes of a PNG of 255 colours, a third of what matplotlib would write."""
-    file, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(file, dpi=dpi)
-    plt.close(figure)
-    Image.open(file).convert('RGB').quantize(255).save(small, 'PNG', optimize=True)
-    return small.getvalue()
 
 def main(cfg):
     """Draws every figure of the folder in cfg.paths; returns the paths of the files."""
@@ -358,7 +351,12 @@ def main(cfg):
         figure.supxlabel(caption, x=0.01, ha='left', size=9, color=GREY)
         for ax in figure.axes:
             ax.set_visible(ax.has_data())
-        runs.write_bytes(path, png(figure, cfg.dpi))
+        legend(figure)
+        large, small = io.BytesIO(), io.BytesIO()
+        figure.savefig(large, dpi=cfg.dpi)
+        plt.close(figure)
+        Image.open(large).convert('RGB').quantize(255).save(small, 'PNG', optimize=True)       # a third of the bytes
+        runs.write_bytes(path, small.getvalue())
         paths.append(path)
     print('\n'.join(paths))
     return paths

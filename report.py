@@ -7,7 +7,7 @@ A seed, one (data, initialisation) pair that all arms share, is the unit of ever
 """
 import functools
 import glob
-import itertools
+from itertools import combinations, product
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -76,7 +76,7 @@ def value(row, key):
     path = {'probe': 'probe.accuracy', 'best_p': 'heads.score_p', 'entropy_last': 'heads.entropy'}.get(key, key)
     found = part(row, path if '.' in path or path in row else f'mean.{path}')
     if key == 'best_p':
-        return runs.plain(np.ma.masked_invalid(np.array(found, float)).max())
+        return runs.plain(np.fmax.reduce(np.ravel(found).astype(float)))        # passes over what is undefined
     if key == 'probe' and found:                            # of the embedding, after layer 1 ...
         return found[(len(found) - 1) // 2]
     return float(np.mean(found[-1])) if isinstance(found, list) else found
@@ -97,7 +97,7 @@ def t_interval(x):
 def patterns(n, k, most=2 ** 16):
     """Choices of one of k for each of n seeds [.., n], the first all 0: every one or, of more, so many drawn."""
     if k ** n <= most:
-        return np.array(list(itertools.product(range(k), repeat=n)))
+        return np.array(list(product(range(k), repeat=n)))
     drawn = np.random.default_rng(0).integers(k, size=(most, n))
     drawn[0] = 0
     return drawn
@@ -159,7 +159,7 @@ def against(row, compare):
     return [base] if row['order'] in shuffles else [base, [row | {'order': compare['placebo']}]]
 
 def contrasts(rows, compare):
-    """Dicts of what is compared: attention, order, arms (one, then those whose mean is subtracted), label, named."""
+    """Dicts of what is compared: attention, control, arms (one, then those whose mean is subtracted), label, named."""
     found = []
     known = {runs.arm_name(row): row for row in rows}
     for name, row in known.items():
@@ -169,7 +169,7 @@ def contrasts(rows, compare):
             if arms:
                 found.append({
                     'attention': row['attention'],
-                    'order': row['order'],
+                    'control': row['order'] in (compare['placebo'], SHUFFLES[1]),
                     'arms': [name, *arms],
                     'label': f'{name} - {"base" if len(arms) > 1 else arms[0]}',
                     'named': named})
@@ -190,7 +190,7 @@ def numbers(curves, measure):
     rows = [curve[0] for curve in curves]
     if measure not in PAIRS:
         return [value(row, measure) for row in rows]
-    return [alike(x, y, measure) for x, y in itertools.combinations(rows, 2)][::-1]
+    return [alike(x, y, measure) for x, y in combinations(rows, 2)][::-1]
 
 def at_equal_loss(curves, measure):
     """The same, mean over the losses that all arms reach: interpolated, never extrapolated (NaN)."""
@@ -240,12 +240,12 @@ def effects(header, rows):
     rows, found = pick(rows, main=True), []
     primary, _, at = header['compare']['primary']
     measures = [key for key, m in MEASURES.items() if m.role]
-    wanted = itertools.product(contrasts(rows, header['compare']), grouped(rows, 'positions'), measures)
+    wanted = product(contrasts(rows, header['compare']), grouped(rows, 'positions'), measures)
     for contrast, where, measure in wanted:
         e = compared(rows, contrast, where, measure)
-        if contrast['named'] and where in FAMILY:
+        if e['named'] and where in FAMILY:
             e['kind'] = MEASURES[measure].role
-        if contrast['named'] and (measure, where) == (primary, at):
+        if e['named'] and (measure, where) == (primary, at):
             e['kind'] = 'primary'
             gate(e, compared(rows, contrast, 'kept', measure))
         if e['n'] and (measure != 'profile' or reliability(rows, e) >= 0.8):
@@ -275,13 +275,17 @@ def course(header, rows):
     """The primary measure by recalibration length: a contrast, steps, effects rope, kept and drope, Fieller's ratio."""
     found = []
     measure = header['compare']['primary'][0]
-    for contrast, steps in itertools.product(contrasts(rows, header['compare']), grouped(rows, 'recal_steps')):
+    for contrast, steps in product(contrasts(rows, header['compare']), grouped(rows, 'recal_steps')):
         at = pick(rows, recal_steps=None) + pick(rows, recal_steps=steps)
         rope, kept, drope = (compared(at, contrast, where, measure) for where in ('rope', 'kept', 'drope'))
         if kept['n'] and drope['n']:
             gate(drope, kept)
-            ratio = fieller(drope['differences'], kept['differences'])
-            found.append(contrast | {'steps': steps, 'rope': rope, 'kept': kept, 'drope': drope, 'ratio': ratio})
+            found.append(contrast | {
+                'steps': steps,
+                'rope': rope,
+                'kept': kept,
+                'drope': drope,
+                'ratio': fieller(drope['differences'], kept['differences'])})
     return found
 
 def matched(header, rows):
@@ -289,7 +293,7 @@ def matched(header, rows):
     rows = [row for row in rows if row['recal_steps']]      # length 0 never recovered
     if all(row['main'] for row in rows):                    # one length is no curve
         return []
-    wanted = itertools.product(contrasts(rows, header['compare']), ('score_p', 'probe'))
+    wanted = product(contrasts(rows, header['compare']), ('score_p', 'probe'))
     return [compared(rows, contrast, 'drope', measure, at_equal_loss) for contrast, measure in wanted]
 
 # -----------------------------------------------------------------------------
@@ -297,11 +301,12 @@ def matched(header, rows):
 
 def table(headings, lines):
     """A Markdown table, its columns aligned; nothing where there are no lines."""
-    columns = []
-    for heading, *cells in zip(headings, *lines):
-        width = max(map(len, [heading, *cells]))
-        columns.append([x.ljust(width) for x in (heading, '-' * width, *cells)])
-    return [f'| {" | ".join(cells)} |' for cells in zip(*columns)] + [''] if lines else []
+    if not lines:
+        return []
+    widths = [max(map(len, column)) for column in zip(headings, *lines)]
+    rule = ['-' * width for width in widths]
+    padded = [map(str.ljust, cells, widths) for cells in (headings, rule, *lines)]
+    return [f'| {" | ".join(cells)} |' for cells in padded] + ['']
 
 def number(values, form):
     """The mean of a sample and, of several, the half-width of its 95% interval; a dash where one is undefined."""
@@ -420,7 +425,8 @@ def summary(header, rows, figures=()):
     short = {key: headings[key] for key in (*SHORT, 'best_p')}
     named = [e for e in found if e['named'] and e['where'] in FAMILY]
     lines = [
-        f'# {header["experiment"]}', '', f'{header["device"]}, torch {header["versions"]["torch"]}.', '',
+        f'# {header["experiment"]}\n',
+        f'{header["device"]}, torch {header["versions"]["torch"]}.\n',
         *rows_table(pick(rows, main=True), short),
         *effects_table(named, SHORT, itemgetter('text')),
         SEVERAL if len(grouped(rows, 'seed')) > 1 else ONE_SEED, '',

@@ -153,8 +153,9 @@ def arm_settings(arm, n_head):
         raise SystemExit(f'arms: {arm!r} is {again!r} by its right name')
     if attention == 'gqa' and n_head % 2:
         raise SystemExit(f'arms: {arm!r} shares key-value heads between two queries, but n_head = {n_head} is odd')
-    n_kv_head = n_head if attention == 'mha' else n_head // 2
-    return settings | {'n_kv_head': n_kv_head, **POSITIONS[positions or 'rope']}
+    return settings | {
+        'n_kv_head': n_head if attention == 'mha' else n_head // 2,
+        **POSITIONS[positions or 'rope']}
 
 def arm_name(columns):
     """'mha_topic_c4': the name of an arm, from the columns of a row."""
@@ -259,9 +260,8 @@ def append_log(folder, record):
 
 def read_log(folder):
     """The lines of log.jsonl of a run folder that record a step, as dicts; [] where there are none yet."""
-    path = f'{folder}/log.jsonl'
     records = []
-    with suppress(FileNotFoundError), open(path, encoding='utf-8') as f:
+    with suppress(FileNotFoundError), open(f'{folder}/log.jsonl', encoding='utf-8') as f:
         for line in f:
             with suppress(ValueError):                      # a kill may have cut the last line
                 records.append(json.loads(line))
@@ -367,8 +367,7 @@ def make_header(out_dir, rows, compare):
 
 def row_folders(out_dir, name='row.json'):
     """The run folders below out_dir that have a row, or another file."""
-    paths = glob.glob(f'{glob.escape(out_dir)}/**/{name}', recursive=True)
-    return [dirname(path) for path in paths]
+    return [dirname(path) for path in glob.glob(f'{glob.escape(out_dir)}/**/{name}', recursive=True)]
 
 def row_of_log(folder):
     """What the log of a run tells before anything is measured, as a row."""
