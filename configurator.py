@@ -11,7 +11,6 @@ Unknown keys, wrong types and numbers out of range stop with one line. `-h` prin
 import ast
 import difflib
 import functools
-import math
 import os
 import re
 import sys
@@ -28,11 +27,10 @@ SCRIPTS = ('prepare_wiki.py', 'data_synth.py', 'train.py', 'drope.py', 'analyze.
 # the config block of a script
 
 class Setting(typing.NamedTuple):
-    default: object         # a tuple's default asks for a tuple
+    default: object         # a tuple's asks for a tuple; where it is None the value may be
     kind: type              # that a value must have, or every element of a tuple
     range: str              # of a number: '[0, 1)'; '' is any
     comment: str
-    optional: bool          # may be None
 
 def source(path):
     """The text of a script beside this one, or of any file, with or without a byte order mark."""
@@ -63,7 +61,7 @@ def block(script):
         if kind is tuple:
             kind = type(value[0])
         interval = re.search(r'[\[(]-?[\d.]+, (?:[\d.e*]+|inf)[\])]$', comment) or ['']
-        keys[key] = Setting(value, kind, interval[0], comment, bool(annotation))
+        keys[key] = Setting(value, kind, interval[0], comment)
     return keys
 
 def blocks(scripts):
@@ -78,11 +76,11 @@ def within(x, interval):
     low, high = interval[1:-1].split(', ')
     above = '<=' if interval[0] == '[' else '<'
     below = '<=' if interval[-1] == ']' else '<'
-    return eval(f'{low} {above} x {below} {high}', {'x': x, 'inf': math.inf})
+    return eval(f'{low} {above} x {below} {high}', {'x': x, 'inf': float('inf')})
 
 def check(key, value, setting, where):
     """The value as the setting wants it, or one line that says what is wrong with it; ~ is the home folder."""
-    if value is None and setting.optional:
+    if value is setting.default is None:
         return None
     if isinstance(setting.default, tuple):                  # a scalar is a tuple of one; names may be 'a,b'
         if isinstance(value, str):
@@ -90,14 +88,14 @@ def check(key, value, setting, where):
         values = value if isinstance(value, (tuple, list)) else (value,)
         if not values:
             raise SystemExit(f'{where}: {key} is empty; expected at least one value')
-        element = setting._replace(default=None)
+        element = setting._replace(default=setting.default[0])
         return tuple(check(key, v, element, where) for v in values)
     kind = setting.kind
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         raise SystemExit(f'{where}: {key} = {value!r} is a {type(value).__name__}; '
-                         f'expected {kind.__name__}{" or none" if setting.optional else ""}')
+                         f'expected {kind.__name__}{" or none" if setting.default is None else ""}')
     if setting.range and not within(value, setting.range):
         raise SystemExit(f'{where}: {key} = {value!r} is not in {setting.range}')
     return expanduser(value) if kind is str else value
@@ -171,8 +169,8 @@ def configure(script, argv=None, positional=False, stages=()):
         setting = setting_of(key, keys, where)
         if not eq:
             raise SystemExit(f'{where}: write {flag}=value')
-        value = text if type(setting.default) is str else parse(text)          # --run=123 names a folder, not a number
-        overrides[key] = check(key, value, setting, where)
+        # --run=123 names a folder, not a number
+        overrides[key] = check(key, text if type(setting.default) is str else parse(text), setting, where)
     # a file may have set keys of other scripts too
     values = {key: overrides.get(key, setting.default) for key, setting in keys.items()}
     return types.SimpleNamespace(**values, overrides=overrides, paths=paths, files=files)

@@ -6,10 +6,10 @@ Reads runs.jsonl and examples.json of an experiment folder. Writes figures/*.png
     python plot.py out/demo
     python plot.py results/structured --dpi=200        # published rows are enough
 
-Each figure is a function of the experiment, whose docstring is the caption. It returns the figure or, where there is
-nothing to draw, says why. Names are those of the tables. A colour is an arm (attention and order of the training
-rows), a line style what became of the positions. A new order or kind of positions needs nothing here: it gets the
-next colour and a line of its own.
+Each figure is a function of the experiment, whose docstring is headline and caption. It returns the figure or, where
+there is nothing to draw, says why. Names are those of the tables. A colour is an arm (attention and order of the
+training rows), a line style what became of the positions. A new order or kind of positions needs nothing here: it
+gets the next colour and a line of its own.
 """
 import base64
 import io
@@ -71,15 +71,16 @@ def over_seeds(rows, path):
 # -----------------------------------------------------------------------------
 # drawing
 
-def canvas(exp, headline, shape, height, **grid):
-    """A figure of shape (rows, columns) of panels, `height` inches a row, and its headline."""
-    fig, axes = plt.subplots(*shape, layout='constrained', squeeze=False, **grid)
-    fig.set_size_inches(11, 1 + shape[0] * height)
-    fig.suptitle(f'{exp.header["experiment"]}: {headline}', x=0.01, ha='left', weight='bold')
-    return fig, axes
+def canvas(rows, columns, height, **grid):
+    """A figure and its panels [rows, columns], `height` inches a row."""
+    return plt.subplots(
+        rows, columns, figsize=(11, 1 + rows * height), layout='constrained', squeeze=False, **grid)
 
-def legend(fig):
-    """Beside the panels: every label of a line, once; nothing where there is none."""
+def explain(fig, exp, docstring):
+    """The headline above the panels, below them how to read them and, beside them, every label of a line, once."""
+    headline, _, caption = docstring.partition('\n')
+    fig.suptitle(f'{exp.header["experiment"]}: {headline} ({exp.note})', x=0.01, ha='left', weight='bold')
+    fig.supxlabel(textwrap.fill(' '.join(caption.split()), 150), x=0.01, ha='left', size=9, color=GREY)
     found = {}
     for ax in fig.axes:
         handles, labels = ax.get_legend_handles_labels()
@@ -91,9 +92,11 @@ def legend(fig):
 # 1: losses
 
 def plot_loss(exp):
-    """After the first tenth of the steps; beside a name the last loss. Solid: RoPE, dashed: kept, dotted: dropped,
+    """Validation loss, mean over seeds
+
+    After the first tenth of the steps; beside a name the last loss. Solid: RoPE, dashed: kept, dotted: dropped,
     dash-dotted: never had. Grey: references; one outside a panel is named only."""
-    fig, axes = canvas(exp, f'validation loss (mean over seeds, {exp.note})', (1, 2), 4.2)
+    fig, axes = canvas(1, 2, 4.2)
     for name, rows in grouped(exp.main, 'condition').items():
         row = rows[0]
         steps = np.array(row['curve']['step'])
@@ -114,15 +117,14 @@ def plot_loss(exp):
 # 2: the order of the rows
 
 def plot_order(exp):
-    """Share of every dominant topic (a colour) among the rows read since the point before. c4: four rounds; cd20: the
+    """Order of the training rows, of the first seed
+
+    Share of every dominant topic (a colour) among the rows read since the point before. c4: four rounds; cd20: the
     last 20% of the steps shuffled; pure: rows of one segment. Recalibration is shuffled."""
-    rows = pick(exp.main, recal_steps=None)
-    arms = grouped(rows, 'arm')
+    arms = grouped(pick(exp.main, recal_steps=None), 'arm')
     if not arms:
         return 'no row of a training run'
-    fig, axes = canvas(
-        exp, f'order of the training rows (first seed of {exp.note})',
-        (len(arms), 1), 1, sharex=True)
+    fig, axes = canvas(len(arms), 1, 1, sharex=True)
     for (arm, mine), ax in zip(arms.items(), axes.flat):
         curve = mine[0]['curve']
         counts = np.array(curve['topics'])                  # [points, K] rows read since the point before
@@ -138,7 +140,9 @@ def plot_order(exp):
 # 3: heads
 
 def plot_heads(exp):
-    """P: log ratio of attention to keys of the query's topic over others, matched by position. 0: position alone
+    """Score P of every head, mean over seeds
+
+    P: log ratio of attention to keys of the query's topic over others, matched by position. 0: position alone
     decides. Above: topic or contiguity attracts. Beside a name: mean of heads. Lines across the colours, where they
     reach: P of equal bigrams, black, and of the posterior of bigrams, grey."""
     rows = [row for row in exp.main if report.value(row, 'score_p') is not None]
@@ -147,9 +151,7 @@ def plot_heads(exp):
     if not arms:
         return 'no row has P'
     limit = np.clip(np.nanmax(abs(over_seeds(rows, 'heads.score_p'))), 0.1, 1)
-    fig, axes = canvas(
-        exp, f'score P of every head (mean over seeds, {exp.note})',
-        (len(arms), len(positions)), 1.5)
+    fig, axes = canvas(len(arms), len(positions), 1.5)
     for name, mine in grouped(rows, 'condition').items():
         P = over_seeds(mine, 'heads.score_p').mean(0)       # [n_layer, n_head]
         ax = axes[arms.index(mine[0]['arm']), positions.index(mine[0]['positions'])]
@@ -167,22 +169,21 @@ def plot_heads(exp):
 # 4: maps
 
 def plot_maps(exp):
-    """Attention on one validation row; brightness: its power 0.4, from 0 to the largest weight of a map. Lines: topic
+    """The head with the highest P, of the first seed
+
+    Attention on one validation row; brightness: its power 0.4, from 0 to the largest weight of a map. Lines: topic
     boundaries; numbers: the topic that starts there. L2H1: layer 2, head 1, counted from 0."""
     examples = runs.read_json(f'{exp.folder}/examples.json') or {}
     shown = [name for name in grouped(exp.main, 'condition') if name in examples]
     if not shown:
         return 'examples.json has no attention maps of these runs'
-    fig, axes = canvas(
-        exp, f'the head with the highest P (first seed of {exp.note})',
-        ((len(shown) + 3) // 4, 4), 3)
+    fig, axes = canvas((len(shown) + 3) // 4, 4, 3)
     for name, ax in zip(shown, axes.flat):
         example = examples[name]
         topics = np.array(example['topics'])
         T = len(topics)
         pixels = np.frombuffer(zlib.decompress(base64.b64decode(example['uint8'])), np.uint8)
-        A = pixels.reshape(T, T) ** 0.4
-        ax.imshow(np.where(np.tri(T), A, np.nan))
+        ax.imshow(np.where(np.tri(T), pixels.reshape(T, T) ** 0.4, np.nan))
         starts = np.flatnonzero(np.diff(topics, prepend=-1))
         ax.set_xticks(starts - 0.5, topics[starts])
         ax.set_yticks(starts - 0.5, topics[starts])
@@ -219,25 +220,27 @@ LENS = [
         'SD of chance': 'lens.projection_others.chance_sd'}, minus='lens.projection_others.chance')]
 
 def plot_probe(exp):
-    """Accuracy of a linear probe; faint: seeds. Above, by layer, beside what the majority, the token, the last 32
+    """Topic in the residual stream, mean over seeds
+
+    Accuracy of a linear probe; faint: seeds. Above, by layer, beside what the majority, the token, the last 32
     tokens' embeddings and the untrained model tell; the Bayes filter is the ceiling. Below, after the last layer, by
     distance from the last topic boundary."""
-    return plot_lines(exp, PROBE, 'topic in the residual stream')
+    return plot_lines(exp, PROBE)
 
 def plot_lens(exp):
-    """Share of the hidden state (last point: of the logit) that tokens of the own topic contributed, exact and linear.
-    Below it without the position's own token, minus chance (labels of other rows). Faint: seeds."""
-    return plot_lines(exp, LENS, 'own topic by depth')
+    """Own topic by depth, mean over seeds
 
-def plot_lines(exp, table, headline):
+    Share of the hidden state (last point: of the logit) that tokens of the own topic contributed, exact and linear.
+    Below it without the position's own token, minus chance (labels of other rows). Faint: seeds."""
+    return plot_lines(exp, LENS)
+
+def plot_lines(exp, table):
     """Numbers by layer: a column of panels for each kind of positions, a row for each line of the table."""
     lines = [line for line in table if len(over_seeds(exp.main, line.y))]
     if not lines:
         return f'no row has {table[0].y}'
     columns = grouped(exp.main, 'positions')
-    fig, axes = canvas(
-        exp, f'{headline} (mean over seeds, {exp.note})',
-        (len(lines), len(columns)), 2.2, sharey='row')
+    fig, axes = canvas(len(lines), len(columns), 2.2, sharey='row')
     for line, across in zip(lines, axes):
         across[0].set_ylabel(line.ylabel)
         for (positions, rows), ax in zip(columns.items(), across):
@@ -267,16 +270,16 @@ def draw_line(ax, line, rows, colour):
 # 6: effects
 
 def plot_effects(exp):
-    """Arm minus arm in the same seeds; bars: 95% interval (of one seed none); p: summary.md. Diamond: the primary
+    """Paired differences
+
+    Arm minus arm in the same seeds; bars: 95% interval (of one seed none); p: summary.md. Diamond: the primary
     measure; circle: tested family; cross: explored."""
     found = report.effects(exp.header, exp.shown)
     if not found:
         return 'no two arms have a seed in common'
     keys = grouped(found, 'measure')
     n = len(grouped(found, 'label'))
-    fig, axes = canvas(
-        exp, f'paired differences (seeds: {exp.note})',
-        ((len(keys) + 2) // 3, 3), 0.75 + 0.19 * n, sharey=True)
+    fig, axes = canvas((len(keys) + 2) // 3, 3, 0.75 + 0.19 * n, sharey=True)
     for (key, of_key), ax in zip(keys.items(), axes.flat):
         measure = report.MEASURES[key]
         ax.set(title=measure.heading, xlabel=f'difference ({measure.unit})')
@@ -293,7 +296,9 @@ def plot_effects(exp):
 # 7: the course
 
 def plot_course(exp):
-    """Arm minus base. Level: trained, with RoPE; dashed, squares: recalibrated with RoPE kept; dotted, circles:
+    """What order leaves, by recalibration
+
+    Arm minus base. Level: trained, with RoPE; dashed, squares: recalibrated with RoPE kept; dotted, circles:
     dropped; faint: seeds. Bars and bands: 95% interval of the mean. Bands: the controls, dropped (the schedule without
     its topics; another shuffle)."""
     found = report.course(exp.header, exp.shown)
@@ -301,13 +306,11 @@ def plot_course(exp):
     if not named:
         return 'no length has the arms of the primary measure, with RoPE kept and dropped'
     measure = report.MEASURES[exp.header['compare']['primary'][0]]
-    fig, ((ax,),) = canvas(
-        exp, f'{measure.heading}: what order leaves, by recalibration ({exp.note})',
-        (1, 1), 4.2)
+    fig, ((ax,),) = canvas(1, 1, 4.2)
     ax.axhline(0, color=GREY, lw=1)
     for course in grouped(found, 'label').values():
         draw_course(exp, ax, course)
-    ax.set(xscale='log', xlabel='steps of recalibration', ylabel=f'difference ({measure.unit})')
+    ax.set(xscale='log', xlabel='steps of recalibration', ylabel=f'{measure.heading}: difference ({measure.unit})')
     ticks = {c['steps']: f'{c["steps"]}\nn = {c["drope"]["n"]}' for c in named}
     ax.set_xticks(list(ticks), ticks.values())
     ax.set_xlim(min(ticks) / 1.5, max(ticks) * 1.5)         # of one length too
@@ -318,8 +321,9 @@ def draw_course(exp, ax, course):
     """A contrast along the lengths: lines if it is the primary's, a band if it is a control."""
     first = course[0]
     colour = exp.colour[first['arms'][0]]
-    if first['named'] and first['rope']['n']:
-        ax.axhline(first['rope']['mean'], color=colour, label=first['rope']['label'])
+    rope = first['rope']
+    if first['named'] and rope['n']:
+        ax.axhline(rope['mean'], color=colour, label=rope['label'])
     for where, marker, shift in (('kept', 's', 0.98), ('drope', 'o', 1.02)):    # beside one another
         line = [c[where] for c in course]
         steps = [c['steps'] * shift for c in course]
@@ -347,11 +351,9 @@ def main(cfg):
             print(f'{path} is not drawn: {figure}')
             Path(path).unlink(missing_ok=True)              # of an earlier report
             continue
-        caption = textwrap.fill(' '.join(draw.__doc__.split()), 150)
-        figure.supxlabel(caption, x=0.01, ha='left', size=9, color=GREY)
+        explain(figure, exp, draw.__doc__)
         for ax in figure.axes:
             ax.set_visible(ax.has_data())
-        legend(figure)
         large, small = io.BytesIO(), io.BytesIO()
         figure.savefig(large, dpi=cfg.dpi)
         plt.close(figure)

@@ -97,7 +97,7 @@ def t_interval(x):
 def patterns(n, k, most=2 ** 16):
     """Choices of one of k for each of n seeds [.., n], the first all 0: every one or, of more, so many drawn."""
     if k ** n <= most:
-        return np.array(list(product(range(k), repeat=n)))
+        return np.array(list(np.ndindex((k,) * n)))
     drawn = np.random.default_rng(0).integers(k, size=(most, n))
     drawn[0] = 0
     return drawn
@@ -198,9 +198,8 @@ def at_equal_loss(curves, measure):
     for curve in curves:
         points = [(row['val_loss'], value(row, measure)) for row in curve]
         lines.append(np.array(sorted(points), float).T)     # [2, lengths], the losses rising
-    low = max(x[0] for x, _ in lines)
-    high = min(x[-1] for x, _ in lines)
-    grid = np.linspace(low, high, 200)                      # an arm that does not reach `low` is NaN there
+    # from the lowest loss that all reach: an arm that does not is NaN there
+    grid = np.linspace(max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines), 200)
     return [np.interp(grid, x, y, right=np.nan).mean() for x, y in lines]
 
 def compared(rows, contrast, where, measure, numbers=numbers):
@@ -240,8 +239,8 @@ def effects(header, rows):
     rows, found = pick(rows, main=True), []
     primary, _, at = header['compare']['primary']
     measures = [key for key, m in MEASURES.items() if m.role]
-    wanted = product(contrasts(rows, header['compare']), grouped(rows, 'positions'), measures)
-    for contrast, where, measure in wanted:
+    for contrast, where, measure in product(
+            contrasts(rows, header['compare']), grouped(rows, 'positions'), measures):
         e = compared(rows, contrast, where, measure)
         if e['named'] and where in FAMILY:
             e['kind'] = MEASURES[measure].role
@@ -251,7 +250,11 @@ def effects(header, rows):
         if e['n'] and (measure != 'profile' or reliability(rows, e) >= 0.8):
             found.append(e)
     for family in grouped(pick(found, kind='tested'), 'attention').values():
-        adjust(family)
+        common = set.intersection(*(set(e['differences']) for e in family))
+        if len(common) > 1:                                 # a flip flips the same seeds in all of them
+            d = [[e['differences'][seed] for e in family] for seed in common]              # [n, m]
+            for e, p in zip(family, max_t(d)):
+                e['p_adjusted'] = p
     return found
 
 def gate(e, kept):
@@ -262,14 +265,6 @@ def gate(e, kept):
 def reliability(rows, e):
     """Of the profiles of P that an effect compares: of odd with even rows, mean over runs."""
     return np.mean([part(row, 'reliability') or 0 for row in rows if row['condition'] in e['conditions']])
-
-def adjust(family):
-    """Fill in p_adjusted of effects; a flip flips the same seeds in all of them: those that every effect has."""
-    common = set.intersection(*(set(e['differences']) for e in family))
-    if len(common) > 1:
-        d = [[e['differences'][seed] for e in family] for seed in common]                  # [n, m]
-        for e, p in zip(family, max_t(d)):
-            e['p_adjusted'] = p
 
 def course(header, rows):
     """The primary measure by recalibration length: a contrast, steps, effects rope, kept and drope, Fieller's ratio."""
@@ -293,20 +288,18 @@ def matched(header, rows):
     rows = [row for row in rows if row['recal_steps']]      # length 0 never recovered
     if all(row['main'] for row in rows):                    # one length is no curve
         return []
-    wanted = product(contrasts(rows, header['compare']), ('score_p', 'probe'))
-    return [compared(rows, contrast, 'drope', measure, at_equal_loss) for contrast, measure in wanted]
+    return [compared(rows, contrast, 'drope', measure, at_equal_loss)
+            for contrast, measure in product(contrasts(rows, header['compare']), ('score_p', 'probe'))]
 
 # -----------------------------------------------------------------------------
 # tables, as Markdown lines, and the report
 
 def table(headings, lines):
     """A Markdown table, its columns aligned; nothing where there are no lines."""
-    if not lines:
-        return []
     widths = [max(map(len, column)) for column in zip(headings, *lines)]
     rule = ['-' * width for width in widths]
     padded = [map(str.ljust, cells, widths) for cells in (headings, rule, *lines)]
-    return [f'| {" | ".join(cells)} |' for cells in padded] + ['']
+    return [f'| {" | ".join(cells)} |' for cells in padded] + [''] if lines else []
 
 def number(values, form):
     """The mean of a sample and, of several, the half-width of its 95% interval; a dash where one is undefined."""
@@ -323,14 +316,12 @@ def chance(rows, key):
     levels = [part(row, path) if path else 0 for row in pick(rows, recal_steps=None) or rows]
     return runs.show(None if None in levels else np.mean(levels), MEASURES[key].format)
 
-def labelled(row):
-    """The row, with a label: its condition and, where its length is not the main one, the steps."""
-    return row | {'label': row['condition'] + f', {row["recal_steps"]} steps' * (not row['main'])}
-
 def rows_table(rows, columns, form=''):
     """A column for each of {key: heading}, a line for each condition and length of which something is known."""
+    rows = [row | {'label': row['condition'] + f', {row["recal_steps"]} steps' * (not row['main'])}
+            for row in rows]
     lines = [] if form else [['chance', *(chance(rows, key) for key in columns), '']]
-    for name, group in grouped(map(labelled, rows), 'label').items():
+    for name, group in grouped(rows, 'label').items():
         cells = [number([value(row, key) for row in group], form or MEASURES[key].format) for key in columns]
         if not form or set(cells) != {'—'}:                 # all measures may be stale
             lines.append([name, *cells, str(len(group))])
@@ -419,23 +410,20 @@ def summary(header, rows, figures=()):
     """The text of summary.md: what matters most, then every table and the figures."""
     measure, arm, where = header['compare']['primary']
     primary = f'{MEASURES[measure].heading}, {arm} - base, {where}'
-    trained = pick(rows, recal_steps=None)
     found = effects(header, rows)
     headings = {key: m.heading for key, m in MEASURES.items() if key not in PAIRS}
-    short = {key: headings[key] for key in (*SHORT, 'best_p')}
-    named = [e for e in found if e['named'] and e['where'] in FAMILY]
     lines = [
         f'# {header["experiment"]}\n',
         f'{header["device"]}, torch {header["versions"]["torch"]}.\n',
-        *rows_table(pick(rows, main=True), short),
-        *effects_table(named, SHORT, itemgetter('text')),
+        *rows_table(pick(rows, main=True), {key: headings[key] for key in (*SHORT, 'best_p')}),
+        *effects_table([e for e in found if e['named'] and e['where'] in FAMILY], SHORT, itemgetter('text')),
         SEVERAL if len(grouped(rows, 'seed')) > 1 else ONE_SEED, '',
         MAIN, *rows_table(rows, headings),
         *section(EFFECTS.format(primary=primary), effects_table(found, grouped(found, 'measure'))),
         *section(COURSE, course_table(course(header, rows))),
         *section(MATCHED, effects_table(matched(header, rows), ('score_p', 'probe')))]
     for text, of_trained, form, columns in FURTHER:
-        lines += section(text, rows_table(trained if of_trained else rows, columns, form))
+        lines += section(text, rows_table(pick(rows, recal_steps=None) if of_trained else rows, columns, form))
     lines += section('## Figures', [f'![{name}](figures/{name})\n' for name in figures])
     return '\n'.join(lines) + '\n'
 

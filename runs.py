@@ -338,8 +338,7 @@ def dump_rows(header, rows):
     shared = {k: v for k, v in configs[0].items() if all(k in c and c[k] == v for c in configs)}
     lines = [header | {'config': shared}]
     for row in rows:
-        own = {k: v for k, v in row['config'].items() if k not in shared}
-        lines.append(row | {'config': own})
+        lines.append(row | {'config': {k: v for k, v in row['config'].items() if k not in shared}})
     return ''.join(json.dumps(line, allow_nan=False) + '\n' for line in lines)
 
 def gather(out_dir, folders=None, compare=None, place=''):
