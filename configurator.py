@@ -9,15 +9,14 @@ a flag must belong to this script. A comment that ends with an interval, [1, inf
 Unknown keys, wrong types and numbers out of range stop with one line. `-h` prints the docstring and the block.
 """
 import ast
-import contextlib
 import difflib
 import functools
-import math
 import os
 import re
 import sys
 import types
 import typing
+from contextlib import suppress
 from os.path import abspath, basename, dirname, expanduser, join
 
 _here = dirname(abspath(__file__))
@@ -28,11 +27,10 @@ SCRIPTS = ('prepare_wiki.py', 'data_synth.py', 'train.py', 'drope.py', 'analyze.
 # the config block of a script
 
 class Setting(typing.NamedTuple):
-    default: object         # a tuple's default asks for a tuple
+    default: object         # a tuple's asks for a tuple; where it is None the value may be
     kind: type              # that a value must have, or every element of a tuple
     range: str              # of a number: '[0, 1)'; '' is any
-    comment: str = ''
-    optional: bool = False  # may be None
+    comment: str
 
 def source(path):
     """The text of a script beside this one, or of any file, with or without a byte order mark."""
@@ -58,12 +56,12 @@ def block(script):
         key, annotation = setting.groups()
         exec(text, scratch)
         value = scratch[key]
-        _, _, comment = lines[node.lineno - 1].partition('# ')
+        comment = lines[node.lineno - 1].partition('# ')[2]
         kind = eval(annotation) if annotation else type(value)
         if kind is tuple:
             kind = type(value[0])
-        interval = re.search(r'[\[(]-?[\d.]+, (?:[\d.e*]+|inf)[\])]$', comment)
-        keys[key] = Setting(value, kind, interval[0] if interval else '', comment, bool(annotation))
+        interval = re.search(r'[\[(]-?[\d.]+, (?:[\d.e*]+|inf)[\])]$', comment) or ['']
+        keys[key] = Setting(value, kind, interval[0], comment)
     return keys
 
 def blocks(scripts):
@@ -75,14 +73,14 @@ def blocks(scripts):
 
 def within(x, interval):
     """Whether a number lies in an interval, '[0, 2**63)'; nan lies in none."""
-    low, high = (eval(end, {'inf': math.inf}) for end in interval[1:-1].split(', '))
-    above = x >= low if interval[0] == '[' else x > low
-    below = x <= high if interval[-1] == ']' else x < high
-    return above and below
+    low, high = interval[1:-1].split(', ')
+    above = '<=' if interval[0] == '[' else '<'
+    below = '<=' if interval[-1] == ']' else '<'
+    return eval(f'{low} {above} x {below} {high}', {'x': x, 'inf': float('inf')})
 
 def check(key, value, setting, where):
     """The value as the setting wants it, or one line that says what is wrong with it; ~ is the home folder."""
-    if value is None and setting.optional:
+    if value is setting.default is None:
         return None
     if isinstance(setting.default, tuple):                  # a scalar is a tuple of one; names may be 'a,b'
         if isinstance(value, str):
@@ -90,19 +88,22 @@ def check(key, value, setting, where):
         values = value if isinstance(value, (tuple, list)) else (value,)
         if not values:
             raise SystemExit(f'{where}: {key} is empty; expected at least one value')
-        element = setting._replace(default=None)
+        element = setting._replace(default=setting.default[0])
         return tuple(check(key, v, element, where) for v in values)
     kind = setting.kind
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         raise SystemExit(f'{where}: {key} = {value!r} is a {type(value).__name__}; '
-                         f'expected {kind.__name__}{" or none" if setting.optional else ""}')
+                         f'expected {kind.__name__}{" or none" if setting.default is None else ""}')
     if setting.range and not within(value, setting.range):
         raise SystemExit(f'{where}: {key} = {value!r} is not in {setting.range}')
     return expanduser(value) if kind is str else value
 
-def unknown(key, known, where):
+def setting_of(key, known, where):
+    """The setting of a key, or one line that names the nearest."""
+    if key in known:
+        return known[key]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f'; did you mean {near[0]!r}?' if near else ''
     raise SystemExit(f'{where}: unknown key {key!r}{hint}')
@@ -117,15 +118,13 @@ def read_file(path):
         exec(compile(source(abspath(path)), path, 'exec'), scratch)
     except Exception as e:                                  # a missing file too
         raise SystemExit(f'{path}: {type(e).__name__}: {e}; a config is a Python file such as config/run1.py') from None
-    own = scratch.get('data_script') or SCRIPTS[0]          # a data script of one's own has keys of its own
-    known = blocks((own, *SCRIPTS))
+    # a data script of one's own has keys of its own
+    known = blocks((scratch.get('data_script') or SCRIPTS[0], *SCRIPTS))
     keys = {}
     for key, value in scratch.items():
         if key.startswith('_') or callable(value) or isinstance(value, types.ModuleType):
             continue                                        # what a config imports or defines to derive its values
-        if key not in known:
-            unknown(key, known, path)
-        keys[key] = check(key, value, known[key], path)
+        keys[key] = check(key, value, setting_of(key, known, path), path)
     return keys
 
 def parse(text):
@@ -141,7 +140,7 @@ def configure(script, argv=None, positional=False, stages=()):
     """The resolved config of a script, as a namespace.
 
     script: its __file__. argv: config files and --key=value flags (default: the command line).
-    positional: plain arguments that are not .py files are kept in cfg.paths (plot.py's folders).
+    positional: it takes a folder too, a plain argument that is not a .py file: cfg.paths (plot.py's).
     stages: other scripts whose keys this one takes as well (run_experiment.py passes them on).
     cfg.overrides holds what files and flags have set, cfg.files the names of the files.
     """
@@ -150,15 +149,16 @@ def configure(script, argv=None, positional=False, stages=()):
     argv = sys.argv[1:] if argv is None else argv
     if '-h' in argv or '--help' in argv:
         print(ast.get_docstring(ast.parse(source(name))) or name, end='\n\n')
-        for key, setting in blocks((*stages[::-1], name)).items():             # its own last: in sight
+        for key, setting in keys.items():                   # its own last: in sight
             print(f'--{key}={setting.default!r}'.ljust(39), setting.comment)
-        raise SystemExit(0)
+        raise SystemExit
 
     flags = [arg for arg in argv if arg.startswith('--')]
     files = [arg for arg in argv if arg.endswith('.py') and arg not in flags]
     paths = [expanduser(arg) for arg in argv if arg not in files + flags]
-    if paths and not positional:
-        raise SystemExit(f'{name}: {paths[0]!r} is neither a config file (.py) nor a --key=value flag')
+    if len(paths) != positional:                            # True is one
+        raise SystemExit(f'{name} takes config files (.py), --key=value flags and {"one" if positional else "no"} '
+                         f'experiment folder; here {paths}')
 
     overrides = {}
     for path in files:
@@ -166,13 +166,11 @@ def configure(script, argv=None, positional=False, stages=()):
     for flag in flags:
         key, eq, text = flag[2:].partition('=')
         where = f'{name} {flag}'
-        if key not in keys:
-            unknown(key, keys, where)
+        setting = setting_of(key, keys, where)
         if not eq:
             raise SystemExit(f'{where}: write {flag}=value')
-        setting = keys[key]
-        value = text if type(setting.default) is str else parse(text)          # --run=123 names a folder, not a number
-        overrides[key] = check(key, value, setting, where)
+        # --run=123 names a folder, not a number
+        overrides[key] = check(key, text if type(setting.default) is str else parse(text), setting, where)
     # a file may have set keys of other scripts too
     values = {key: overrides.get(key, setting.default) for key, setting in keys.items()}
     return types.SimpleNamespace(**values, overrides=overrides, paths=paths, files=files)
@@ -185,18 +183,18 @@ class Patient:
     nor where it is closed or cannot show a character."""
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, 'w')
-        with contextlib.suppress(AttributeError):           # a notebook's shows every character
+        with suppress(AttributeError):           # a notebook's shows every character
             self.stream.reconfigure(errors='replace')
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self.stream.write(text)
 
     def flush(self):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self.stream.flush()
 
 def be_patient():

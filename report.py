@@ -7,7 +7,7 @@ A seed, one (data, initialisation) pair that all arms share, is the unit of ever
 """
 import functools
 import glob
-import itertools
+from itertools import combinations, product
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -52,13 +52,16 @@ PAIRS = ('cka', 'profile')          # of two runs: what differs is how alike the
 SHUFFLES = ('shuffled', 'reshuffled')       # exchangeable: their mean is the base
 SHORT = ('val_loss', 'within', 'entropy', 'probe', 'score_p')   # the log's table
 
-def names(rows, key):
-    """The values of a key, once each, in the order of the rows."""
-    return list(dict.fromkeys(row[key] for row in rows))
+def grouped(rows, key):
+    """{value of a key: the rows that have it}, in the order of the rows."""
+    found = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found
 
 def pick(rows, **wanted):
     """The rows with these values."""
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return [row for row in rows if wanted.items() <= row.items()]
 
 def part(row, path):
     """'probe.accuracy' of a row; None where something on the way is missing."""
@@ -73,33 +76,28 @@ def value(row, key):
     path = {'probe': 'probe.accuracy', 'best_p': 'heads.score_p', 'entropy_last': 'heads.entropy'}.get(key, key)
     found = part(row, path if '.' in path or path in row else f'mean.{path}')
     if key == 'best_p':
-        return runs.plain(np.ma.masked_invalid(np.array(found, float)).max())
+        return runs.plain(np.fmax.reduce(np.ravel(found).astype(float)))        # passes over what is undefined
     if key == 'probe' and found:                            # of the embedding, after layer 1 ...
         return found[(len(found) - 1) // 2]
     return float(np.mean(found[-1])) if isinstance(found, list) else found
-
-def loss_above(row):
-    """Nats above the Bayes filter; the validation loss itself where there is no filter."""
-    return row['val_loss'] if row['excess'] is None else row['excess']
 
 # -----------------------------------------------------------------------------
 # tests on paired differences
 
 def t_interval(x):
     """(mean, low, high): the 95% t-interval of a sample; low and high None for a sample of one, all of an empty one."""
-    if not len(x):
-        return None, None, None
-    mean = np.mean(x)
-    if len(x) == 1:
+    n = len(x)
+    mean = np.mean(x) if n else None
+    if n < 2:
         return mean, None, None
-    half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
+    half = stats.t.ppf(0.975, n - 1) * stats.sem(x)
     return mean, mean - half, mean + half
 
 @functools.cache
 def patterns(n, k, most=2 ** 16):
     """Choices of one of k for each of n seeds [.., n], the first all 0: every one or, of more, so many drawn."""
     if k ** n <= most:
-        return np.array(list(itertools.product(range(k), repeat=n)))
+        return np.array(list(np.ndindex((k,) * n)))
     drawn = np.random.default_rng(0).integers(k, size=(most, n))
     drawn[0] = 0
     return drawn
@@ -152,17 +150,16 @@ def smallest_effect(d):
 def against(row, compare):
     """What an arm is compared with: lists of arms, whose mean is subtracted. The base in windows of its kind (pure
     windows of the base: mixed ones), and the placebo in the same passes; a rerun with what it repeats."""
-    plain = row | {'repeat': 0}
-    shuffles = SHUFFLES if compare['base'] in SHUFFLES else (compare['base'],)
-    base = [plain | {'order': order, 'cycles': 1, 'cooldown': 0.0} for order in shuffles]
     if row['repeat']:
-        return [[plain]]
+        return [[row | {'repeat': 0}]]
+    shuffles = SHUFFLES if compare['base'] in SHUFFLES else (compare['base'],)
+    base = [row | {'order': order, 'cycles': 1, 'cooldown': 0.0} for order in shuffles]
     if row['order'] == compare['base']:
         return [[other | {'pure': False} for other in base]] if row['pure'] else []
-    return [base] if row['order'] in shuffles else [base, [plain | {'order': compare['placebo']}]]
+    return [base] if row['order'] in shuffles else [base, [row | {'order': compare['placebo']}]]
 
 def contrasts(rows, compare):
-    """Dicts of what is compared: attention, order, arms (one, then those whose mean is subtracted), label, named."""
+    """Dicts of what is compared: attention, control, arms (one, then those whose mean is subtracted), label, named."""
     found = []
     known = {runs.arm_name(row): row for row in rows}
     for name, row in known.items():
@@ -170,9 +167,12 @@ def contrasts(rows, compare):
         for others in against(row, compare):
             arms = [arm for arm in map(runs.arm_name, others) if arm in known and arm != name]
             if arms:
-                label = f'{name} - {"base" if len(arms) > 1 else arms[0]}'
-                found.append({'attention': row['attention'], 'order': row['order'], 'arms': [name, *arms],
-                              'label': label, 'named': named})
+                found.append({
+                    'attention': row['attention'],
+                    'control': row['order'] in (compare['placebo'], SHUFFLES[1]),
+                    'arms': [name, *arms],
+                    'label': f'{name} - {"base" if len(arms) > 1 else arms[0]}',
+                    'named': named})
             named = False                                   # that is with the base
     return found
 
@@ -190,29 +190,28 @@ def numbers(curves, measure):
     rows = [curve[0] for curve in curves]
     if measure not in PAIRS:
         return [value(row, measure) for row in rows]
-    return [alike(x, y, measure) for x, y in itertools.combinations(rows, 2)][::-1]
+    return [alike(x, y, measure) for x, y in combinations(rows, 2)][::-1]
 
 def at_equal_loss(curves, measure):
     """The same, mean over the losses that all arms reach: interpolated, never extrapolated (NaN)."""
-    at = []
-    low = max(min(map(loss_above, curve)) for curve in curves)
-    high = min(max(map(loss_above, curve)) for curve in curves)
-    grid = np.linspace(low, high, 200)                      # an arm that does not reach `low` is NaN there
+    lines = []
     for curve in curves:
-        rising = sorted(curve, key=loss_above)
-        y = np.array([value(row, measure) for row in rising], float)
-        at.append(np.interp(grid, [loss_above(row) for row in rising], y, right=np.nan).mean())
-    return at
+        points = [(row['val_loss'], value(row, measure)) for row in curve]
+        lines.append(np.array(sorted(points), float).T)     # [2, lengths], the losses rising
+    # from the lowest loss that all reach: an arm that does not is NaN there
+    grid = np.linspace(max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines), 200)
+    return [np.interp(grid, x, y, right=np.nan).mean() for x, y in lines]
 
 def compared(rows, contrast, where, measure, numbers=numbers):
     """The effect of a contrast at some positions: an arm's number minus the mean of the others, over seeds. Its p: by
     sign flips; of PAIRS by exchanging the three names, any of which could be the arm's."""
     conditions = [runs.condition(arm, where) for arm in contrast['arms']]
     found = {}                                              # seed -> the difference, and after exchanges
-    for seed in names(pick(rows, condition=conditions[0]), 'seed'):
-        curves = [pick(rows, condition=name, seed=seed) for name in conditions]
-        curves = [curve for curve in curves if curve]       # one shuffle will do, for pairs two are needed
-        if len(curves) > 1 + (measure in PAIRS):
+    for seed, of_seed in grouped(rows, 'seed').items():
+        known = grouped(of_seed, 'condition')
+        curves = [known[name] for name in conditions if name in known]
+        # one shuffle will do, for pairs two are needed
+        if conditions[0] in known and len(curves) > 1 + (measure in PAIRS):
             x = np.array(numbers(curves, measure), float)
             d, *renamed = x - (x.sum() - x) / (len(x) - 1)  # each minus the mean of the others
             if np.isfinite(d):                              # sorted: no shuffle is the first
@@ -222,6 +221,7 @@ def compared(rows, contrast, where, measure, numbers=numbers):
     return contrast | {
         'label': f'{contrast["label"]}, {where}',
         'where': where,
+        'conditions': conditions,
         'measure': measure,
         'kind': 'explored',
         'differences': dict(zip(found, d)),
@@ -239,19 +239,22 @@ def effects(header, rows):
     rows, found = pick(rows, main=True), []
     primary, _, at = header['compare']['primary']
     measures = [key for key, m in MEASURES.items() if m.role]
-    wanted = itertools.product(contrasts(rows, header['compare']), names(rows, 'positions'), measures)
-    for contrast, where, measure in wanted:
+    for contrast, where, measure in product(
+            contrasts(rows, header['compare']), grouped(rows, 'positions'), measures):
         e = compared(rows, contrast, where, measure)
-        if contrast['named'] and where in FAMILY:
+        if e['named'] and where in FAMILY:
             e['kind'] = MEASURES[measure].role
-        if contrast['named'] and (measure, where) == (primary, at):
+        if e['named'] and (measure, where) == (primary, at):
             e['kind'] = 'primary'
             gate(e, compared(rows, contrast, 'kept', measure))
         if e['n'] and (measure != 'profile' or reliability(rows, e) >= 0.8):
             found.append(e)
-    tested = pick(found, kind='tested')
-    for attention in names(tested, 'attention'):
-        adjust(pick(tested, attention=attention))
+    for family in grouped(pick(found, kind='tested'), 'attention').values():
+        common = set.intersection(*(set(e['differences']) for e in family))
+        if len(common) > 1:                                 # a flip flips the same seeds in all of them
+            d = [[e['differences'][seed] for e in family] for seed in common]              # [n, m]
+            for e, p in zip(family, max_t(d)):
+                e['p_adjusted'] = p
     return found
 
 def gate(e, kept):
@@ -261,28 +264,23 @@ def gate(e, kept):
 
 def reliability(rows, e):
     """Of the profiles of P that an effect compares: of odd with even rows, mean over runs."""
-    conditions = [runs.condition(arm, e['where']) for arm in e['arms']]
-    return np.mean([part(row, 'reliability') or 0 for row in rows if row['condition'] in conditions])
-
-def adjust(family):
-    """Fill in p_adjusted of effects; a flip flips the same seeds in all of them: those that every effect has."""
-    common = set.intersection(*(set(e['differences']) for e in family))
-    if len(common) > 1:
-        d = [[e['differences'][seed] for e in family] for seed in common]                  # [n, m]
-        for e, p in zip(family, max_t(d)):
-            e['p_adjusted'] = p
+    return np.mean([part(row, 'reliability') or 0 for row in rows if row['condition'] in e['conditions']])
 
 def course(header, rows):
     """The primary measure by recalibration length: a contrast, steps, effects rope, kept and drope, Fieller's ratio."""
     found = []
     measure = header['compare']['primary'][0]
-    for contrast, steps in itertools.product(contrasts(rows, header['compare']), names(rows, 'recal_steps')):
+    for contrast, steps in product(contrasts(rows, header['compare']), grouped(rows, 'recal_steps')):
         at = pick(rows, recal_steps=None) + pick(rows, recal_steps=steps)
-        c = {where: compared(at, contrast, where, measure) for where in ('rope', 'kept', 'drope')}
-        if c['kept']['n'] and c['drope']['n']:
-            gate(c['drope'], c['kept'])
-            ratio = fieller(c['drope']['differences'], c['kept']['differences'])
-            found.append(contrast | c | {'steps': steps, 'ratio': ratio})
+        rope, kept, drope = (compared(at, contrast, where, measure) for where in ('rope', 'kept', 'drope'))
+        if kept['n'] and drope['n']:
+            gate(drope, kept)
+            found.append(contrast | {
+                'steps': steps,
+                'rope': rope,
+                'kept': kept,
+                'drope': drope,
+                'ratio': fieller(drope['differences'], kept['differences'])})
     return found
 
 def matched(header, rows):
@@ -290,26 +288,27 @@ def matched(header, rows):
     rows = [row for row in rows if row['recal_steps']]      # length 0 never recovered
     if all(row['main'] for row in rows):                    # one length is no curve
         return []
-    wanted = itertools.product(contrasts(rows, header['compare']), ('score_p', 'probe'))
-    return [compared(rows, contrast, 'drope', measure, at_equal_loss) for contrast, measure in wanted]
+    return [compared(rows, contrast, 'drope', measure, at_equal_loss)
+            for contrast, measure in product(contrasts(rows, header['compare']), ('score_p', 'probe'))]
 
 # -----------------------------------------------------------------------------
 # tables, as Markdown lines, and the report
 
 def table(headings, lines):
     """A Markdown table, its columns aligned; nothing where there are no lines."""
-    columns = []
-    for heading, *cells in zip(headings, *lines):
-        width = max(map(len, [heading, *cells]))
-        columns.append([x.ljust(width) for x in (heading, '-' * width, *cells)])
-    return [f'| {" | ".join(cells)} |' for cells in zip(*columns)] + [''] if lines else []
+    widths = [max(map(len, column)) for column in zip(headings, *lines)]
+    rule = ['-' * width for width in widths]
+    padded = [map(str.ljust, cells, widths) for cells in (headings, rule, *lines)]
+    return [f'| {" | ".join(cells)} |' for cells in padded] + [''] if lines else []
 
 def number(values, form):
     """The mean of a sample and, of several, the half-width of its 95% interval; a dash where one is undefined."""
     if None in values or not values:
         return '—'
     mean, low, _ = t_interval(values)
-    return format(mean, form) + ('' if low is None else ' ± ' + format(mean - low, form).lstrip('+'))
+    if low is None:
+        return format(mean, form)
+    return f'{mean:{form}} ± {mean - low:{form.lstrip("+")}}'
 
 def chance(rows, key):
     """What a measure is without structure, mean over the trained runs."""
@@ -319,22 +318,19 @@ def chance(rows, key):
 
 def rows_table(rows, columns, form=''):
     """A column for each of {key: heading}, a line for each condition and length of which something is known."""
-    lines, groups = [], {}
-    for row in rows:
-        length = '' if row['main'] else f', {row["recal_steps"]} steps'
-        groups.setdefault(row['condition'] + length, []).append(row)
-    for name, group in groups.items():
+    rows = [row | {'label': row['condition'] + f', {row["recal_steps"]} steps' * (not row['main'])}
+            for row in rows]
+    lines = [] if form else [['chance', *(chance(rows, key) for key in columns), '']]
+    for name, group in grouped(rows, 'label').items():
         cells = [number([value(row, key) for row in group], form or MEASURES[key].format) for key in columns]
         if not form or set(cells) != {'—'}:                 # all measures may be stale
             lines.append([name, *cells, str(len(group))])
-    if not form:
-        lines.insert(0, ['chance', *(chance(rows, key) for key in columns), ''])
     return table(['Condition', *columns.values(), 'n'], lines)
 
 def tested(e):
     """An effect as text, with what is known of it."""
     text = e['text']
-    for key, form in (('n', ''), ('p', '.2g'), ('p_adjusted', '.2g'), ('smallest', '.4f')):
+    for key, form in {'n': '', 'p': '.2g', 'p_adjusted': '.2g', 'smallest': '.4f'}.items():
         if e[key] is not None:
             text += f', {key} {e[key]:{form}}'
     return f'**{text}**' if e['kind'] == 'primary' else text
@@ -342,8 +338,8 @@ def tested(e):
 def effects_table(found, keys, text=tested):
     """A line for each contrast at some positions, a column for each measure."""
     lines = []
-    for label in names(found, 'label'):
-        cells = {e['measure']: text(e) for e in pick(found, label=label)}
+    for label, of_label in grouped(found, 'label').items():
+        cells = {e['measure']: text(e) for e in of_label}
         lines.append([label, *(cells.get(key, '—') for key in keys)])
     return table(['Difference', *(MEASURES[key].heading for key in keys)], lines)
 
@@ -414,29 +410,25 @@ def summary(header, rows, figures=()):
     """The text of summary.md: what matters most, then every table and the figures."""
     measure, arm, where = header['compare']['primary']
     primary = f'{MEASURES[measure].heading}, {arm} - base, {where}'
-    trained = pick(rows, recal_steps=None)
     found = effects(header, rows)
     headings = {key: m.heading for key, m in MEASURES.items() if key not in PAIRS}
-    short = {key: headings[key] for key in (*SHORT, 'best_p')}
-    named = [e for e in found if e['named'] and e['where'] in FAMILY]
     lines = [
-        f'# {header["experiment"]}', '', f'{header["device"]}, torch {header["versions"]["torch"]}.', '',
-        *rows_table(pick(rows, main=True), short),
-        *effects_table(named, SHORT, itemgetter('text')),
-        SEVERAL if len(names(rows, 'seed')) > 1 else ONE_SEED, '',
+        f'# {header["experiment"]}\n',
+        f'{header["device"]}, torch {header["versions"]["torch"]}.\n',
+        *rows_table(pick(rows, main=True), {key: headings[key] for key in (*SHORT, 'best_p')}),
+        *effects_table([e for e in found if e['named'] and e['where'] in FAMILY], SHORT, itemgetter('text')),
+        SEVERAL if len(grouped(rows, 'seed')) > 1 else ONE_SEED, '',
         MAIN, *rows_table(rows, headings),
-        *section(EFFECTS.format(primary=primary), effects_table(found, names(found, 'measure'))),
+        *section(EFFECTS.format(primary=primary), effects_table(found, grouped(found, 'measure'))),
         *section(COURSE, course_table(course(header, rows))),
         *section(MATCHED, effects_table(matched(header, rows), ('score_p', 'probe')))]
     for text, of_trained, form, columns in FURTHER:
-        lines += section(text, rows_table(trained if of_trained else rows, columns, form))
+        lines += section(text, rows_table(pick(rows, recal_steps=None) if of_trained else rows, columns, form))
     lines += section('## Figures', [f'![{name}](figures/{name})\n' for name in figures])
     return '\n'.join(lines) + '\n'
 
 def main(cfg):
     """Writes summary.md of an experiment folder, and prints its first part."""
-    if len(cfg.paths) != 1:
-        raise SystemExit('report.py takes an experiment folder: report.py out/demo')
     folder, = cfg.paths
     figures = f'{folder}/figures'
     path = f'{folder}/summary.md'

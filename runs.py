@@ -54,8 +54,7 @@ def write_bytes(path, content):
     """Replace a file, atomically."""
     with writing(path):
         os.makedirs(dirname(path) or '.', exist_ok=True)
-        with open(path + '.tmp', 'wb') as f:
-            f.write(content)
+        Path(path + '.tmp').write_bytes(content)
         os.replace(path + '.tmp', path)
 
 def write_text(path, text):
@@ -83,10 +82,9 @@ def write_json(path, value):
     write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + '\n')
 
 def read_json(path, advice='delete it and run its stage again'):
-    """What a JSON file holds; None where there is none."""
+    """What a JSON file holds, in UTF-8; None where there is none."""
     try:
-        with open(path, encoding='utf-8') as f:
-            return json.load(f)
+        return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
@@ -154,10 +152,10 @@ def arm_settings(arm, n_head):
     if arm != again:                                        # two names for one arm would be one folder
         raise SystemExit(f'arms: {arm!r} is {again!r} by its right name')
     if attention == 'gqa' and n_head % 2:
-        raise SystemExit(f'arms: {arm!r} shares each key-value head between two queries, but n_head = {n_head} is '
-                         'odd')
-    n_kv_head = n_head if attention == 'mha' else n_head // 2
-    return settings | {'n_kv_head': n_kv_head, **POSITIONS[positions or 'rope']}
+        raise SystemExit(f'arms: {arm!r} shares key-value heads between two queries, but n_head = {n_head} is odd')
+    return settings | {
+        'n_kv_head': n_head if attention == 'mha' else n_head // 2,
+        **POSITIONS[positions or 'rope']}
 
 def arm_name(columns):
     """'mha_topic_c4': the name of an arm, from the columns of a row."""
@@ -167,25 +165,20 @@ def condition(arm, positions):
     """'mha_topic_c4_drope': the name of a condition."""
     return f'{arm}_{positions}'
 
-def positions_of(config):
-    """The name in POSITIONS of what a run's model is trained with: the last whose settings the config has."""
-    return next(name for name in reversed(POSITIONS) if POSITIONS[name].items() <= config.items())
-
 def columns(config):
     """The columns that tell a run from the others of its experiment, from its config; `condition` is their name."""
     trained = config['recal_steps'] is None
     of = '' if trained else 'parent_'                       # recalibration itself is shuffled in every arm
+    config = OLDER | config
+    # what the model is trained with: the last whose settings the config has
+    model = next(name for name in reversed(POSITIONS) if POSITIONS[name].items() <= config.items())
     found = {
         'attention': 'mha' if config['n_kv_head'] == config['n_head'] else 'gqa',
-        'order': config[of + 'order'],
-        'cycles': config[of + 'cycles'],
-        'cooldown': config[of + 'cooldown'],
+        **{key: config[of + key] for key in ('order', 'cycles', 'cooldown')},
         'pure': config.get(of + 'max_segments') == 1,
-        'positions': positions_of(config) if trained else 'kept' if config['keep_rope'] else 'drope'}
-    for name, default in OLDER.items():
-        found[name] = config.get(name, default)
-    name = condition(arm_name(found), found['positions'])
-    return {'condition': name, **found, 'seed': config['seed'], 'recal_steps': config['recal_steps']}
+        'positions': model if trained else 'kept' if config['keep_rope'] else 'drope',
+        **{key: config[key] for key in (*OLDER, 'seed', 'recal_steps')}}
+    return {'condition': condition(arm_name(found), found['positions']), **found}
 
 def run_folder(out_dir, config):
     """Where a trained run goes: <out_dir>/<condition>/seed<k>."""
@@ -215,8 +208,6 @@ def is_main(folder):
 
 # where a run was made and how fast
 IDENTITY_FREE = {'data_dir', 'out_dir', 'run', 'parent', 'device', 'compile', 'grad_accum'}
-NEEDED = {'recal_steps', 'keep_rope', 'data_dir', 'seed', 'n_topics', 'max_iters', 'order', 'n_layer', 'n_head',
-          'n_kv_head', 'rope'}                              # of these every run has its own
 
 def defaults():
     """{key: default} of every script's config block: what a run was made with that is older than a key."""
@@ -238,7 +229,7 @@ def read_config(folder):
     config = read_json(path, 'delete the folder and train again')
     if config is None:
         raise SystemExit(f'{folder or "--run=FOLDER"}: no run here (config.json is missing); train.py makes one')
-    if not isinstance(config, dict) or not NEEDED <= config.keys():
+    if not isinstance(config, dict) or 'recal_steps' not in config:
         raise SystemExit(f'{path}: not of one of our runs; train.py makes one')
     return config | {'data_dir': find_data(folder, config['data_dir'])}
 
@@ -269,9 +260,8 @@ def append_log(folder, record):
 
 def read_log(folder):
     """The lines of log.jsonl of a run folder that record a step, as dicts; [] where there are none yet."""
-    path = f'{folder}/log.jsonl'
     records = []
-    with suppress(FileNotFoundError), open(path, encoding='utf-8') as f:
+    with suppress(FileNotFoundError), open(f'{folder}/log.jsonl', encoding='utf-8') as f:
         for line in f:
             with suppress(ValueError):                      # a kill may have cut the last line
                 records.append(json.loads(line))
@@ -317,9 +307,9 @@ def read_row(folder):
 
 def key(row):
     """What finds a row in its experiment, and sorts them as tables show them: shuffled first, RoPE before DroPE."""
-    order = row['order'] != 'shuffled', row['order'], row['cycles'], row['cooldown']
-    positions = row['recal_steps'] is not None, row['positions'] == 'drope', row['positions'] != 'rope'
-    return (row['attention'] != 'mha', row['pure'], row['repeat'], *order, *positions, row['positions'],
+    return (row['attention'] != 'mha', row['pure'], row['repeat'],
+            row['order'] != 'shuffled', row['order'], row['cycles'], row['cooldown'],
+            row['recal_steps'] is not None, row['positions'] == 'drope', row['positions'] != 'rope', row['positions'],
             row['recal_steps'] or 0, row['seed'])
 
 def read_rows(folder):
@@ -348,8 +338,7 @@ def dump_rows(header, rows):
     shared = {k: v for k, v in configs[0].items() if all(k in c and c[k] == v for c in configs)}
     lines = [header | {'config': shared}]
     for row in rows:
-        own = {k: v for k, v in row['config'].items() if k not in shared}
-        lines.append(row | {'config': own})
+        lines.append(row | {'config': {k: v for k, v in row['config'].items() if k not in shared}})
     return ''.join(json.dumps(line, allow_nan=False) + '\n' for line in lines)
 
 def gather(out_dir, folders=None, compare=None, place=''):
@@ -359,10 +348,7 @@ def gather(out_dir, folders=None, compare=None, place=''):
     experiment, for report.py; none: as it was.
     """
     with FileLock(f'{out_dir}/runs.jsonl.lock'):
-        rows = filter(None, map(read_row, folders or row_folders(out_dir)))
-        rows = sorted(rows, key=key)
-        if not rows:
-            return None, []
+        rows = sorted(filter(None, map(read_row, folders or row_folders(out_dir))), key=key)
         before, _ = read_rows(out_dir)
         header = make_header(out_dir, rows, compare or (before and before['compare']))
         write_text(f'{out_dir}/runs.jsonl', dump_rows(header, rows))
@@ -380,8 +366,7 @@ def make_header(out_dir, rows, compare):
 
 def row_folders(out_dir, name='row.json'):
     """The run folders below out_dir that have a row, or another file."""
-    paths = glob.glob(f'{glob.escape(out_dir)}/**/{name}', recursive=True)
-    return [dirname(path) for path in paths]
+    return [dirname(path) for path in glob.glob(f'{glob.escape(out_dir)}/**/{name}', recursive=True)]
 
 def row_of_log(folder):
     """What the log of a run tells before anything is measured, as a row."""
@@ -389,8 +374,7 @@ def row_of_log(folder):
     losses = [record['val_loss'] for record in records if record['val_loss'] is not None]
     return columns(config) | {
         'main': is_main(folder), 'measures_version': 1, 'val_loss': losses[-1], 'references': {},
-        'excess': None, 'curve': curve(records), 'device': 'not measured', 'versions': {'torch': '—'},
-        'config': config}
+        'curve': curve(records), 'device': 'not measured', 'versions': {'torch': '—'}, 'config': config}
 
 def open_rows(folder):
     """(header, rows) of an experiment folder, gathered anew where a run has a newer row; one line if there is none."""
@@ -413,14 +397,11 @@ def publish_file(out_dir, place, name):
     """Copy a file of an experiment to the folder `place`, atomically; runs.jsonl deflated where it is large."""
     content = Path(f'{out_dir}/{name}').read_bytes()
     path = f'{place}/{name}'
-    if name != 'runs.jsonl':
-        return write_bytes(path, content)
-    other = path + '.gz'
-    if len(content) > 1e6:
+    large = name == 'runs.jsonl' and len(content) > 1e6
+    if large:
         content = gzip.compress(content, mtime=0)
-        path, other = other, path
-    write_bytes(path, content)
-    Path(other).unlink(missing_ok=True)                     # of a time when it was smaller, or larger
+    write_bytes(path + '.gz' * large, content)
+    Path(path + '.gz' * (not large)).unlink(missing_ok=True)                # of a time when it was smaller, or larger
 
 def publish(out_dir, place):
     """Copy report, figures and what they are made from to the folder `place`; what else is there stays."""
