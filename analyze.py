@@ -349,7 +349,7 @@ def analyse(cfg):
     runs.write_json(f'{cfg.run}/example.json', shown)
     references = NO_REFERENCES | data.meta.get('references', {})
     seconds = {'train': records[-1]['seconds'], 'analysis': time.time() - clock}
-    row = runs.plain(runs.columns(c) | attention | {
+    measured = attention | {
         'main': runs.is_main(cfg.run),
         'measures_version': measures.VERSION,
         **outcome(records[-1]['val_loss'], references),
@@ -362,8 +362,8 @@ def analyse(cfg):
         'curve': runs.curve(records),
         'settings': {key: getattr(cfg, key) for key in SETTINGS},
         **versions(device),
-        'seconds': seconds,
-        'config': c})
+        'seconds': seconds}
+    row = runs.columns(c) | runs.plain(measured, 9) | {'config': c}            # more digits are rounding's
     runs.write_json(f'{cfg.run}/row.json', row)
     middle = c['n_layer'] // 2
     print(f'{cfg.run}: val loss {row["val_loss"]:.4f}, P {runs.show(row["mean"]["score_p"], ".3f")}, '

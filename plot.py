@@ -40,7 +40,7 @@ plt.rcParams.update({
 dpi = 110                                                   # dots per inch of every PNG [10, 1000]
 # -----------------------------------------------------------------------------
 
-COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9']    # Okabe, Ito; no more fit
+COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']     # Okabe, Ito
 LINES = {'rope': '-', 'kept': '--', 'drope': ':', 'nope': '-.'}
 GREY = '#666666'
 MARKS = {'primary': 'D', 'tested': 'o', 'explored': 'x'}     # of effects
@@ -157,7 +157,8 @@ def plot_heads(exp):
         ax = axes[arms.index(mine[0]['arm']), positions.index(mine[0]['positions'])]
         image = ax.imshow(P, cmap='PuOr_r', vmin=-limit, vmax=limit, aspect='auto')
         mean = over_seeds(mine, 'mean.score_p').mean()
-        ax.set(title=f'{name} {mean:+.3f}', xlabel='head', ylabel='layer')
+        ax.set(xlabel='head', ylabel='layer')
+        ax.set_title(f'{name} {mean:+.3f}', size=7)
         ax.locator_params(integer=True)
     bar = fig.colorbar(image, ax=axes, label='P (log ratio)')
     bar.ax.hlines(over_seeds(rows, 'bigram.equal.score_p'), 0, 1, color='black')
@@ -217,7 +218,9 @@ LENS = [
     Line('share, all tokens', 'layers passed, norm, logit', 'lens.projection.value', {
         'chance': 'lens.projection.chance'}),
     Line('others, above chance', 'layers passed, norm, logit', 'lens.projection_others.value', {
-        'SD of chance': 'lens.projection_others.chance_sd'}, minus='lens.projection_others.chance')]
+        'SD of chance': 'lens.projection_others.chance_sd'}, minus='lens.projection_others.chance'),
+    Line('QK rank', 'layer', 'heads.qk_rank', {'at initialisation': 'init_rank.qk_rank'}),
+    Line('OV rank', 'layer', 'heads.ov_rank', {'at initialisation': 'init_rank.ov_rank'})]
 
 def plot_probe(exp):
     """Topic in the residual stream, mean over seeds
@@ -228,10 +231,11 @@ def plot_probe(exp):
     return plot_lines(exp, PROBE)
 
 def plot_lens(exp):
-    """Own topic by depth, mean over seeds
+    """Own topic by depth, and ranks, mean over seeds
 
     Share of the hidden state (last point: of the logit) that tokens of the own topic contributed, exact and linear.
-    Below it without the position's own token, minus chance (labels of other rows). Faint: seeds."""
+    Below it without the position's own token, minus chance (labels of other rows). Effective rank of QK and OV: mean
+    over heads. Faint: seeds."""
     return plot_lines(exp, LENS)
 
 def plot_lines(exp, table):
@@ -251,9 +255,11 @@ def plot_lines(exp, table):
 
 def draw_line(ax, line, rows, colour):
     """An arm in one panel of numbers by layer: faint, every seed; bold, the mean; grey, the references."""
-    y = over_seeds(rows, line.y)                            # [n, points]
+    y = over_seeds(rows, line.y)                            # [n, points]; of heads [n, n_layer, n_head]
     if not len(y):
         return
+    if y.ndim == 3:
+        y = y.mean(2)
     if line.minus:
         y -= over_seeds(rows, line.minus)
     ax.plot(y.T, color=colour, alpha=0.2)
@@ -357,7 +363,8 @@ def main(cfg):
         large, small = io.BytesIO(), io.BytesIO()
         figure.savefig(large, dpi=cfg.dpi)
         plt.close(figure)
-        Image.open(large).convert('RGB').quantize(255).save(small, 'PNG', optimize=True)       # a third of the bytes
+        image = Image.open(large).convert('RGB').quantize(255, Image.Quantize.MAXCOVERAGE)
+        image.save(small, 'PNG', optimize=True)             # a third of the bytes
         runs.write_bytes(path, small.getvalue())
         paths.append(path)
     print('\n'.join(paths))

@@ -67,15 +67,18 @@ def write_array(path, x):
     np.save(file, x)
     write_bytes(path, file.getbuffer())
 
-def plain(x):
-    """Arrays, tensors and numbers as JSON has them: nested lists, null where a number is not defined."""
+def plain(x, digits=17):
+    """Arrays, tensors and numbers as JSON has them: nested lists, null where a number is not defined. 17 significant
+    digits are all of them."""
     if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
+        return {key: plain(value, digits) for key, value in x.items()}
     if hasattr(x, 'tolist'):
         x = x.tolist()
     if isinstance(x, (list, tuple)):
-        return [plain(value) for value in x]
-    return None if x != x else x
+        return [plain(value, digits) for value in x]
+    if isinstance(x, float):
+        return None if x != x else float(f'{x:.{digits}g}')
+    return x
 
 def write_json(path, value):
     """Replace a JSON file, atomically."""
