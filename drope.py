@@ -12,7 +12,7 @@ rows, steps and rates for every arm of a seed (what was trained on pure windows 
 with --recal_data_dir, as run_experiment.py does). Each length of recal_iters is a schedule of its own from the same
 parent; the first is the main one, and 0 drops RoPE and trains no further.
 """
-import os
+from os.path import exists
 
 import shards
 from configurator import block, command
@@ -93,7 +93,7 @@ def recalibrate(cfg, length):
     where = machine(cfg.device, cfg.dtype, cfg.compile, steps)
     with memory_errors(RAISE_GRAD_ACCUM.format(**c)), locked(folder, processes()[0]):
         model = build(c)
-        if not os.path.exists(os.path.join(folder, 'ckpt.pt')):              # else fit resumes from that one
+        if not exists(f'{folder}/ckpt.pt'):                 # else fit resumes from that one
             load_weights(model, load(cfg.run).state_dict(), cfg.run)
         fit(model.to(where[0]), c, data, folder, where, RECAL_STREAM)
     return folder

@@ -6,7 +6,6 @@ attention; no biases; tied embedding. Parameter names are those of Hugging Face'
 is an export (sources: Qwen3 technical report, arXiv 2505.09388; DroPE, arXiv 2512.12167, for the switch).
 """
 import inspect
-import os
 
 import torch
 import torch.nn as nn
@@ -223,7 +222,7 @@ def build(config, generator=None):
 
 def read_checkpoint(folder, device='cpu'):
     """ckpt.pt of a run folder: {'model', 'optimizer', 'step', ...}. weights_only: a checkpoint can't run code."""
-    path = os.path.join(folder, 'ckpt.pt')
+    path = f'{folder}/ckpt.pt'
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:

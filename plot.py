@@ -32,8 +32,8 @@ from configurator import command
 from report import grouped, part, pick
 
 plt.rcParams.update({
-    'font.size': 9, 'axes.titlesize': 9, 'xtick.labelsize': 7, 'lines.markersize': 4, 'legend.frameon': False,
-    'axes.spines.top': False, 'axes.spines.right': False})
+    'font.size': 9, 'axes.titlesize': 9, 'xtick.labelsize': 7, 'legend.fontsize': 8, 'legend.frameon': False,
+    'lines.markersize': 4, 'axes.spines.top': False, 'axes.spines.right': False})
 
 # -----------------------------------------------------------------------------
 # config

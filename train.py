@@ -12,8 +12,8 @@ import functools
 import io
 import json
 import math
-import os
 import time
+from os.path import exists
 
 import numpy as np
 import torch
@@ -219,11 +219,11 @@ def save_checkpoint(folder, model, muon, adamw, step, rows_digest):
     torch.save({
         'model': weights, 'step': step, 'rows': rows_digest, 'rng': torch.get_rng_state(),
         'optimizer': {'muon': {'momentum': momentum}, 'adamw': adamw.state}}, file)
-    write_bytes(os.path.join(folder, 'ckpt.pt'), file.getbuffer())
+    write_bytes(f'{folder}/ckpt.pt', file.getbuffer())
 
 def resume(folder, model, device, rows_digest):
     """The checkpoint of a run folder, its weights put into the model; None where there is none yet."""
-    if not os.path.exists(os.path.join(folder, 'ckpt.pt')):
+    if not exists(f'{folder}/ckpt.pt'):
         return None
     ckpt = read_checkpoint(folder, device)
     if ckpt.get('rows') != rows_digest:
@@ -236,7 +236,7 @@ def start_log(folder, ckpt, device):
     """Begin log.jsonl, or cut it to the checkpoint, which a crash may be past. Returns the seconds it has counted."""
     kept = [record for record in read_log(folder) if ckpt and record['step'] <= ckpt['step']]
     lines = [json.dumps(record) + '\n' for record in [versions(device), *kept]]
-    write_text(os.path.join(folder, 'log.jsonl'), ''.join(lines))
+    write_text(f'{folder}/log.jsonl', ''.join(lines))
     return kept[-1]['seconds'] if kept else 0.0
 
 def log_line(folder, c, step, loss, val_loss, tok_s, counts, seconds):
@@ -329,8 +329,7 @@ def fit(model, c, data, folder, where, stream=0):
 
 def data_folder(data_dir, seed):
     """data_dir/seed<k>, as micro-languages are kept, or data_dir itself where it is a dataset (your own tokens)."""
-    own = os.path.exists(os.path.join(data_dir, 'meta.json'))
-    return data_dir if own else os.path.join(data_dir, f'seed{seed}')
+    return data_dir if exists(f'{data_dir}/meta.json') else f'{data_dir}/seed{seed}'
 
 def resolve(cfg, meta):
     """The flat config of a run, as config.json keeps it: this script's keys, and the dataset's parameters."""
