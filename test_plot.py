@@ -1,7 +1,6 @@
 """Figures from made-up rows: all are drawn, also for orders and positions that plot.py has never heard of."""
 import base64
 import os
-import types
 import zlib
 
 import numpy as np
@@ -9,6 +8,8 @@ import pytest
 
 import plot
 import runs
+from test_report import row
+from test_train import run, succeeds
 
 HEADER = {'experiment': 'made_up', 'device': 'cpu', 'versions': {},
           'compare': {'base': 'shuffled', 'placebo': 'pseudo', 'primary': ['score_p', 'reverse', 'drope']}}
@@ -19,13 +20,10 @@ def made_up(order, positions, seed, recal_steps=None, main=True):
     ranks = [[3.0, 4.0, 5.0]] * 2
     by_depth = [1.0, 0.5, 0.6, 0.6, 0.7]
     lens = {'value': [None] + by_depth[1:], 'chance': [None, 0.5, 0.5, 0.5, 0.5], 'chance_sd': [None] + [0.01] * 4}
-    return {
-        'condition': f'mha_{order}_{positions}', 'attention': 'mha', 'order': order, 'cycles': 1, 'cooldown': 0.0,
-        'pure': False, 'repeat': 0, 'positions': positions, 'seed': seed, 'recal_steps': recal_steps,
-        'main': main, 'measures_version': 2, 'bigram': {'equal': {'score_p': 0.14, 'score_o': 0.2}, 'posterior': None},
+    return row(order, positions, seed, recal_steps, main, score_p=seed + len(order), within=None) | {
+        'bigram': {'equal': {'score_p': 0.14, 'score_o': 0.2}, 'posterior': None},
         'val_loss': 3.2 - (recal_steps or 0) / 100 + 0.01 * seed, 'excess': None,
         'references': {'uniform': 4.0, 'bigram': 3.5, 'filter': None, 'oracle': None}, 'device': 'cpu', 'versions': {},
-        'mean': {'score_p': seed + len(order), 'within': None},
         'heads': {'score_p': p, 'qk_rank': ranks, 'ov_rank': ranks},
         'probe': {'accuracy': [0.2, 0.4, 0.9], 'references': {'token': 0.3, 'ceiling': None, 'untrained': [0.2] * 3},
                   'by_distance': {'distance': [0, 1, 2, 4], 'accuracy': [0.2, 0.3, 0.5, 0.8], 'ceiling': None}},
@@ -51,8 +49,9 @@ def written(folder, seeds):
 @pytest.mark.parametrize('seeds', [(0, 1), (3,)])
 def test_every_figure_is_drawn(tmp_path, seeds):
     assert f'n = {len(seeds)}' in written(tmp_path, seeds).note
-    paths = plot.main(types.SimpleNamespace(paths=[str(tmp_path)], dpi=110))
-    assert len(paths) == 8 and all(os.path.getsize(path) > 5000 for path in paths)
+    succeeds(run('plot.py', str(tmp_path)))
+    sizes = [path.stat().st_size for path in (tmp_path / 'figures').iterdir()]
+    assert len(sizes) == 8 and min(sizes) > 5000
 
 def test_figures_show_the_rows(tmp_path):
     """P of a head is the mean over seeds at its place, the order begins at step 0, effects are report.py's."""
