@@ -92,8 +92,8 @@ def test_sizes_nobody_thought_of(place, monkeypatch, capfd):
     assert '| mha_shuffled_rope ' in (place / 'out/tiny/summary.md').read_text()
     row = runs.read_row(f'{place}/out/tiny/mha_shuffled_rope/seed0')
     assert row['mean']['score_p'] is None and np.shape(row['curve']['topics'])[1] == 11
-    said = succeeds(experiment(place, *odd)).stderr + capfd.readouterr().err   # the second is what the workers said
-    assert 'Warning' not in said
+    said, workers = succeeds(experiment(place, *odd)).stderr, capfd.readouterr()
+    assert 'Warning' not in said + workers.err and 'P —' in workers.out
 
 def test_what_is_undefined_is_null():
     same = {'uniform': 3.0, 'bigram': 2.0, 'filter': 2.0, 'oracle': 1.0}
@@ -101,12 +101,10 @@ def test_what_is_undefined_is_null():
     assert found['gap_closed'] is None and found['excess'] == 0.5
     assert runs.orderedness([{'topics': [5, 0]}, {'topics': [4, 0]}], 'topics') is None        # one topic
     assert runs.plain({'a': np.array([1.0, np.nan]), 'b': torch.tensor(np.nan)}) == {'a': [1.0, None], 'b': None}
-    assert report.t_interval([1.0]) == (1.0, None, None) and report.exchange_p([[1.0, -1.0]]) is None
     assert report.fieller({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0}) == (None, None, None)
 
 @pytest.mark.parametrize('setting, words', (
     ('max_iter = 5', "unknown key 'max_iter'; did you mean 'max_iters'"),
-    ('max_iters = "many"', "max_iters = 'many' is a str; expected int"),
     ('max_iters = 5 +', 'c.py, line 1'),
     ('max_iters = nothing', "'nothing' is not defined"),
     ('weight_decay = -1', 'weight_decay = -1.0 is not in [0, inf)'),
@@ -161,7 +159,7 @@ def test_the_environment_is_told_in_one_line(dataset, tmp_path):
 def test_cores_that_may_be_used():
     one_core = ['taskset', '-c', '0', sys.executable, '-c', 'import machine as m; print(m.threads(), m.threads(9))']
     assert spawn(one_core, HERE).stdout == '1 1\n'
-    assert machine.threads() >= 1 and report.patterns(26, 2).shape == (2 ** 16, 26)
+    assert machine.threads() >= 1
 
 def test_paths(dataset, tmp_path, monkeypatch):
     """~ in a flag, a file and a plain argument; a run finds its dataset from any folder."""
@@ -173,3 +171,7 @@ def test_paths(dataset, tmp_path, monkeypatch):
     shutil.copytree(dataset, tmp_path / 'data')
     succeeds(run('train.py', *TINY, '--data_dir=data', '--max_iters=2', '--run=out/r', cwd=tmp_path))
     succeeds(run('analyze.py', f'--run={tmp_path}/out/r', '--null_draws=9'))
+    row = runs.read_row(f'{tmp_path}/out/r')
+    assert row['references']['filter'] is row['excess'] is None                # of own data nothing is known
+    for script in ('plot.py', 'report.py'):
+        succeeds(run(script, f'{tmp_path}/out'))

@@ -153,19 +153,16 @@ def test_dominant_topic_and_learning_rate():
 # -----------------------------------------------------------------------------
 # resume
 
-DIE_WHILE_SAVING = """
-import os, runpy, signal, sys
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-replace = os.replace
-def half(source, target):
-    if target.endswith('ckpt.pt'):
-        os.truncate(source, os.path.getsize(source) // 2)          # the disk holds half of it when the process dies
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace = half
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
+def die_while_saving(*args):
+    """Runs a script until it saves: the disk holds half of that checkpoint when the process dies."""
+    replace = os.replace
+    def half(source, target):
+        if target.endswith('ckpt.pt'):
+            os.truncate(source, os.path.getsize(source) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+    os.replace = half
+    run(*args)
 
 def kill_at(step, folder, line):
     """Start a command and kill -9 it once its log has reached a step; it was still running then."""
@@ -191,8 +188,7 @@ def test_resume_after_kill_is_bit_equal(dataset, tmp_path, dtype):
         again = script, *args, f'--dtype={dtype}', f'--run={tmp_path}/killed_rope/seed0'
         kill_at(rng.randint(1, 9), killed, command(*again))        # only the checkpoint of step 0 is there
         kill_at(rng.randint(12, 45), killed, command(*again))      # between two
-        python, *rest = command(*again)
-        died = spawn([python, '-c', DIE_WHILE_SAVING, *rest])
+        died = spawn([sys.executable, '-c', f'import test_train; test_train.die_while_saving(*{again})'], HERE)
         assert died.returncode == -signal.SIGKILL and os.path.exists(f'{killed}/ckpt.pt.tmp')
         succeeds(run(*again))
         matrices = [w for w in weights(killed).values() if w.ndim == 2]
