@@ -19,7 +19,7 @@ import machine
 import plot
 import report
 import runs
-from configurator import SCRIPTS, configure
+from configurator import configure
 from test_smoke import EXPERIMENT
 from test_train import (ENV, HERE, TINY, command, dataset, refuses, run,    # noqa: F401 (dataset is a fixture)
                         spawn, succeeds)
@@ -121,12 +121,6 @@ def test_a_file_is_checked_whole(tmp_path, setting, words):
         with pytest.raises(SystemExit, match='c.py') as stop:
             configure(script, [f'{tmp_path}/c.py'])
         assert words in str(stop.value)
-
-def test_no_number_is_without_a_range():
-    for script in SCRIPTS:
-        for key, setting in configurator.block(script).items():
-            number = any(kind in str(setting.kind) for kind in ('int', 'float'))
-            assert bool(setting.range) == number, f'{key} in {script}'
 
 # -----------------------------------------------------------------------------
 # 9: one line; 10: cost; 11: where am I

@@ -144,6 +144,7 @@ def test_script(dataset, tmp_path):
     assert model.model.layers[0].mlp.up_proj.weight.std() > 0.1                # it has trained, 0.02 at init
     tokens, z = (torch.from_numpy(x[:16].astype(int)) for x in (data.val, data.val_topics))
     found = own_topic_shares(model, tokens, z[:, :-1], 3, 5, seed=0)
-    said = done.split('projection value: ')[1].split('\n')[0].split()
-    for shown, value in zip(said, found['projection']['value'], strict=True):
-        assert shown == '—' if value is None else abs(float(shown) - value) < 1e-3
+    for key in ('value', 'chance'):
+        said = done.split(f'projection {key}: ')[1].split('\n')[0].split()
+        for shown, value in zip(said, found['projection'][key], strict=True):
+            assert shown == '—' if value is None else abs(float(shown) - value) < 1e-3

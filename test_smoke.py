@@ -285,6 +285,8 @@ def test_orderedness_and_curve():
 # config
 
 def test_files_before_flags_and_derived_values(tmp_path):
+    for path in glob.glob(os.path.join(HERE, 'config', '*.py')):
+        assert configure('run_experiment.py', [path], stages=SCRIPTS).overrides
     path = tmp_path / 'c.py'
     path.write_text('_half = 128\nn_embd = 2 * _half\nconcentration = 7\nmax_iters = 5\nrecal_iters = 0.1\n')
     cfg = configure('train.py', ['--max_iters=9', str(path), '--compile=false', '--n_kv_head=none', '--run=123'])
@@ -293,23 +295,20 @@ def test_files_before_flags_and_derived_values(tmp_path):
     cfg = configure('drope.py', [str(path), '--recal_lr_scale=1'])
     assert cfg.recal_iters == (0.1,) and type(cfg.recal_lr_scale[0]) is float and not hasattr(cfg, 'n_embd')
 
-def test_scripts_share_their_defaults():
-    """A key that two scripts have must mean the same in both: run_experiment.py resolves it once. The two makers of
-    data may differ: each has its own where an experiment sets nothing."""
+def test_blocks():
+    """No number is without a range. A key that two scripts have must mean the same in both: run_experiment.py resolves
+    it once. The two makers of data may differ: each has its own where an experiment sets nothing."""
     seen, wiki = {}, block('prepare_wiki.py')
     for script in SCRIPTS:
         for key, default in block(script).items():
             if script != 'prepare_wiki.py':
                 assert seen.setdefault(key, default)[:2] == default[:2], f'{key} in {script}'
             assert wiki.get(key, default)[1] == default[1]              # of one type even so
+            assert bool(default.range) == (default.kind in (int, float)), f'{key} in {script}'
     cfg = configure('run_experiment.py', ['--data_script=prepare_wiki.py', '--vocab_size=999'], stages=SCRIPTS)
     at = run_experiment.data_stage(cfg, 3, 'mha_shuffled_pure')
     assert (at.n_topics, at.vocab_size, at.max_segments, at.seed) == (wiki['n_topics'][0], 999, 1, 0)
     assert at.data_dir == 'data/wiki_pure' and at.work_dir == 'data/wiki_work'
-
-def test_every_config_file_is_valid():
-    for path in glob.glob(os.path.join(HERE, 'config', '*.py')):
-        assert configure('run_experiment.py', [path], stages=SCRIPTS).overrides
 
 # -----------------------------------------------------------------------------
 # bad input: one line that names the culprit, a non-zero exit, nothing lost
@@ -322,7 +321,6 @@ def test_every_config_file_is_valid():
     ('train.py max_iters=5', ('max_iters=5',)),
     ('train.py config/nothing.py', ('config/nothing.py',)),
     ('train.py --data_dir=nowhere', ('nowhere', 'data_synth.py')),
-    ('train.py --order=sorted', ('sorted', 'pseudo')),
     ('train.py --device=cuda', ('cuda',)),
     ('train.py --dtype=half', ('half', 'bfloat16')),
     ('train.py HERE/config/demo.py --data_dir=DATASET', ('vocab_size = 20', '64')),
@@ -331,7 +329,6 @@ def test_every_config_file_is_valid():
     ('export_hf.py', ('--run=',)),
     ('view.py', ('--run=',)),
     ('plot.py none', ('none',)),
-    ('drope.py --run=none', ('none', 'no run here')),
     ('analyze.py --run=none', ('none', 'no run here')),
     ('run_experiment.py --seed=3', ('seed = 3', 'seeds')),
     ('run_experiment.py --arms=mha_sorted', ('sorted', 'pseudo')),
@@ -349,8 +346,7 @@ def test_every_config_file_is_valid():
     ('data_synth.py --chain=bigram', ("chain = 'bigram': choose range or group",)),
     ('data_synth.py --chain=group --n_groups=7 --vocab_size=64', ('n_groups = 7 does not cut vocab_size = 64',)),
     ('data_synth.py --n_topics=40 --vocab_size=64', ('need 83',)),
-    ('data_synth.py --min_segment_len=20 --block_size=63',
-     ('5 segments of min_segment_len = 20 do not fit in a row of block_size + 1 = 64',)),
+    ('data_synth.py --min_segment_len=20 --block_size=63', ('5 segments of min_segment_len = 20 do not fit', '64')),
     ('data_synth.py --min_segments=4 --max_segments=3', ('max_segments = 3: must be at least min_segments = 4',)),
     ('data_synth.py --n_topics=1 --repeats=False', ('n_topics = 1: without repeats',)),
     ('data_synth.py --device=tpu9', ('device = tpu9',))))
