@@ -13,7 +13,7 @@ from model import load
 from tensor_lens import carried, own_topic_shares, topic_parts
 from test_measures import make_rows
 from test_model import fork, tiny
-from test_train import TINY, dataset, run, succeeds               # noqa: F401 (dataset is a fixture)
+from test_train import TINY, run, succeeds
 
 CASES = [*itertools.product(('mha', 'gqa 2:1', 'gqa 3:1'), (True, False)), ('gqa 2:1', 'fork')]
 
@@ -134,16 +134,19 @@ def test_too_little_to_share_is_null(share, monkeypatch):
     assert (lens['projection_others']['value'][1] is None) == (share < 0.01)
     assert lens['projection']['value'] == pytest.approx([0.5] * 6)
 
-def test_script(dataset, tmp_path):
+def test_script(tmp_path):
     """It prints what own_topic_shares finds; the draws come from the run's seed; fp32 is precise enough."""
+    rng, z = np.random.default_rng(0), make_rows(220, T=49, K=3, min_run=9, seed=0).numpy()
+    tokens = (rng.integers(0, 5, z.shape) + 4 * z + np.arange(49) % 3) % 20
+    arrays = dict(train=tokens[20:], train_topics=z[20:], val=tokens[:20], val_topics=z[:20])
+    shards.write(f'{tmp_path}/data', arrays, dict(vocab_size=20, block_size=48, n_topics=4))
     at = f'{tmp_path}/run'
-    succeeds(run('train.py', *TINY, f'--data_dir={dataset}', '--max_iters=120', f'--run={at}'))
+    succeeds(run('train.py', *TINY, f'--data_dir={tmp_path}/data', '--max_iters=80', f'--run={at}'))
     done, again = (succeeds(run('tensor_lens.py', f'--run={at}', '--lens_rows=16')).stdout for _ in range(2))
     assert again == done and 'projection_others chance: —' in done
-    model, data = load(at).double(), shards.read(dataset)
+    model, idx = load(at).double(), torch.from_numpy(tokens[:16])
     assert model.model.layers[0].mlp.up_proj.weight.std() > 0.1                # it has trained, 0.02 at init
-    tokens, z = (torch.from_numpy(x[:16].astype(int)) for x in (data.val, data.val_topics))
-    found = own_topic_shares(model, tokens, z[:, :-1], 3, 5, seed=0)
+    found = own_topic_shares(model, idx, torch.from_numpy(z[:16, :-1]), 4, 5, seed=0)
     for key in ('value', 'chance'):
         said = done.split(f'projection {key}: ')[1].split('\n')[0].split()
         for shown, value in zip(said, found['projection'][key], strict=True):
