@@ -270,16 +270,6 @@ def test_kill_leaves_no_dataset(tmp_path):
     shards.write(tmp_path / 'x', OWN, META)
     assert sorted(os.listdir(tmp_path)) == ['x', left] and shards.read(tmp_path / 'x')
 
-@pytest.mark.parametrize('flags, line', (
-    ('--chain=bigram', "chain = 'bigram': choose range or group"), ('--val_rows=0', 'val_rows = 0'),
-    ('--chain=group --n_groups=7', 'n_groups = 7 does not cut vocab_size = 64'), ('--n_topics=40', 'need 83'),
-    ('--min_segment_len=20', '5 segments of min_segment_len = 20 do not fit in a row of block_size + 1 = 64'),
-    ('--min_segments=4 --max_segments=3', 'max_segments = 3: must be at least min_segments = 4'),
-    ('--n_topics=1 --repeats=False', 'n_topics = 1: without repeats'), ('--device=tpu9', 'device = tpu9')))
-def test_bad_settings(tmp_path, flags, line):
-    refused(line, build, tmp_path, *flags.split())
-    assert not os.listdir(tmp_path)
-
 def test_what_a_config_defines_to_derive_its_values_is_no_key(tmp_path):
     """Modules, functions and classes, its own and imported ones; what else it sets must be a key of some script."""
     path = tmp_path / 'own.py'

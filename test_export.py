@@ -14,14 +14,11 @@ import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-import drope
 import export_hf
 import runs
 import shards
-import train
-from configurator import configure
 from model import Qwen3, causal_bias, load
-from test_train import HERE, TINY, run
+from test_train import HERE, refuses, run, succeeds, two_runs
 
 TEXT = 'Topics, 12 of them:  wide  spaces,\ttabs,\nnew lines, Zoë’s naïve 東京 🙂 tokens that don’t end '
 ARMS = {'mha': ['--n_head=2'], 'gqa': ['--n_head=4', '--n_kv_head=2']}
@@ -44,21 +41,13 @@ def folder_of(arm, kind):
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-    """Datasets in data, runs in out/demo, their exports in out/<arm>_<kind>, by the real stages; before the export
-    every weight of a checkpoint is drawn at random, norm gains too, and large enough to matter."""
+    """Datasets in data, runs in out/demo, their exports in out/<arm>_<kind>, by the real stages."""
     home = tmp_path_factory.mktemp('home')
     with contextlib.chdir(home):
         for arm, flags in ARMS.items():
             text_dataset(f'data/{arm}')
-            flags = [*TINY, *flags, f'--data_dir=data/{arm}', '--out_dir=out/demo', '--max_iters=4']
-            train.main(configure('train.py', flags))
-            drope.main(configure('drope.py', [f'--run={folder_of(arm, "rope")}', '--recal_iters=2', '--device=cpu']))
+            two_runs(f'data/{arm}', folder_of(arm, 'rope'), *flags)
         for arm, kind in CASES:
-            path, g = f'{folder_of(arm, kind)}/ckpt.pt', torch.Generator().manual_seed(len(kind))
-            ckpt = torch.load(path, weights_only=True)
-            for p in ckpt['model'].values():
-                p.copy_(torch.randn(p.shape, generator=g) * 0.3 + (p.ndim == 1))
-            torch.save(ckpt, path)
             export_hf.main(SimpleNamespace(run=folder_of(arm, kind), out_dir=f'out/{arm}_{kind}'))
     return home
 
@@ -119,13 +108,9 @@ def test_bad_exports(home, tmp_path, monkeypatch):
     shutil.copytree(home / 'data/mha', data)
     config = runs.read_config(bad) | {'data_dir': str(data)}
     runs.write_json(f'{bad}/config.json', config)
-    def says(*words, run=bad):
-        with pytest.raises(SystemExit) as stop:
-            export_hf.main(SimpleNamespace(run=str(run), out_dir=str(out)))
-        line = str(stop.value)
-        assert '\n' not in line and all(w in line for w in words), line
+    def says(*words):
+        refuses(run('export_hf.py', f'--run={bad}', f'--out_dir={out}'), *words)
         assert not out.parent.exists() or not os.listdir(out.parent)
-    says('--run=', run='')
     with monkeypatch.context() as patch:
         patch.setattr(Qwen3, 'positions', lambda model, layer, T: (None, causal_bias(T)))
         says('other positions', 'cannot be exported')
@@ -135,6 +120,6 @@ def test_bad_exports(home, tmp_path, monkeypatch):
     runs.write_json(f'{bad}/config.json', config | {'n_topics': 9})
     says('wants another dataset', 'n_topics = 3 there, here 9')      # its tokenizer is not the run's
     shutil.rmtree(data)                                              # the data is gone: no tokenizer
-    done = run('export_hf.py', f'--run={bad}', f'--out_dir={out}')
-    assert done.returncode == 0 and 'mha_shuffled_rope as Qwen3, no tokenizer' in done.stdout, done.stderr
+    done = succeeds(run('export_hf.py', f'--run={bad}', f'--out_dir={out}'))
+    assert 'mha_shuffled_rope as Qwen3, no tokenizer' in done.stdout
     assert sorted(os.listdir(out)) == ['config.json', 'model.safetensors']

@@ -8,11 +8,12 @@ import torch
 
 import measures
 import shards
-from model import Qwen3, load
+import tensor_lens
+from model import load
 from tensor_lens import carried, own_topic_shares, topic_parts
 from test_measures import make_rows
 from test_model import fork, tiny
-from test_train import TINY, run
+from test_train import TINY, run, succeeds
 
 CASES = [*itertools.product(('mha', 'gqa 2:1', 'gqa 3:1'), (True, False)), ('gqa 2:1', 'fork')]
 
@@ -123,32 +124,15 @@ def test_shares_equal_brute_force():
     assert found['projection_others']['value'][0] is None and rows.all()       # the embedding: only the token itself
     assert sum(v is not None for name in NAMES for v in found[name]['value']) >= 9
 
-def planted():
-    """One layer of uniform attention; topic = token // 10 is in entries 0-3 of the embedding, noise in the others."""
-    model = Qwen3(40, 128, n_layer=1, n_head=1, n_kv_head=1, n_embd=20, head_dim=20, mlp_hidden=8, rope=False)
-    model.double().requires_grad_(False)
-    for p in model.parameters():
-        p.fill_(float(p.ndim == 1))
-    noise = torch.randn(4, 10, 16, generator=torch.Generator().manual_seed(0))
-    noise = (noise - noise.mean(1, keepdim=True)).flatten(0, 1)
-    model.model.embed_tokens.weight.copy_(torch.cat([torch.eye(4).repeat_interleave(10, 0) * 2, noise], 1))
-    for proj in (model.model.layers[0].self_attn.v_proj, model.model.layers[0].self_attn.o_proj):
-        proj.weight.copy_(torch.eye(20))
-    return model
-
 @pytest.mark.parametrize('share', (0.0095, 0.0105))
-def test_too_little_to_share_is_null(share):
-    """Below a hundredth of the state. What it has of other tokens is all but linear in o_proj."""
-    model, z = planted(), make_rows(40, T=65, K=4, min_run=8, seed=3)
-    tokens, z = z * 10 + torch.randint(0, 10, z.shape, generator=torch.Generator().manual_seed(2)), z[:, :-1]
-    for _ in range(7):
-        _, (hidden, _, own), *_ = topic_parts(model, tokens[:, :-1], z[..., None], 4)
-        others = ((hidden - own) * hidden).sum(2) / hidden.pow(2).sum(2)
-        others = others[(z != z[:, :1]).cumsum(1) > 0].mean()
-        model.model.layers[0].self_attn.o_proj.weight *= share / others
-    assert others.item() == pytest.approx(share, rel=1e-3)
-    lens = own_topic_shares(model, tokens, z, 4, 2, seed=0)
-    assert (lens['projection_others']['value'][1] is None) == (share < 0.01) and lens['projection']['value'][1]
+def test_too_little_to_share_is_null(share, monkeypatch):
+    """Below a hundredth of the state that is not of the own token."""
+    model, idx, z = case()
+    sums = torch.tensor([1, 0.5, 1 - share]).view(3, 1).expand(6, 3, 3)        # whole, own topic, own token
+    monkeypatch.setattr(tensor_lens, 'row_sums', lambda *_: sums)
+    lens = own_topic_shares(model, idx, z, 3, draws=2, seed=0)
+    assert (lens['projection_others']['value'][1] is None) == (share < 0.01)
+    assert lens['projection']['value'] == pytest.approx([0.5] * 6)
 
 def test_script(tmp_path):
     """It prints what own_topic_shares finds; the draws come from the run's seed; fp32 is precise enough."""
@@ -156,15 +140,14 @@ def test_script(tmp_path):
     tokens = (rng.integers(0, 5, z.shape) + 4 * z + np.arange(49) % 3) % 20
     arrays = dict(train=tokens[20:], train_topics=z[20:], val=tokens[:20], val_topics=z[:20])
     shards.write(f'{tmp_path}/data', arrays, dict(vocab_size=20, block_size=48, n_topics=4))
-    at, args = f'{tmp_path}/run', ('tensor_lens.py', f'--run={tmp_path}/run', '--lens_rows=16')
-    run('train.py', *TINY, f'--data_dir={tmp_path}/data', '--max_iters=80', f'--run={at}')
-    assert '--run=' in run('tensor_lens.py').stderr
-    done = run(*args)
-    assert done.returncode == 0 and 'projection_others chance: —' in done.stdout, done.stderr
-    assert run(*args).stdout == done.stdout
+    at = f'{tmp_path}/run'
+    succeeds(run('train.py', *TINY, f'--data_dir={tmp_path}/data', '--max_iters=80', f'--run={at}'))
+    done, again = (succeeds(run('tensor_lens.py', f'--run={at}', '--lens_rows=16')).stdout for _ in range(2))
+    assert again == done and 'projection_others chance: —' in done
     model, idx = load(at).double(), torch.from_numpy(tokens[:16])
     assert model.model.layers[0].mlp.up_proj.weight.std() > 0.1                # it has trained, 0.02 at init
     found = own_topic_shares(model, idx, torch.from_numpy(z[:16, :-1]), 4, 5, seed=0)
-    said = done.stdout.split('projection value: ')[1].split('\n')[0].split()
-    for shown, value in zip(said, found['projection']['value'], strict=True):
-        assert shown == '—' if value is None else abs(float(shown) - value) < 1e-3
+    for key in ('value', 'chance'):
+        said = done.split(f'projection {key}: ')[1].split('\n')[0].split()
+        for shown, value in zip(said, found['projection'][key], strict=True):
+            assert shown == '—' if value is None else abs(float(shown) - value) < 1e-3

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 
+import configurator
 import run_experiment
 from configurator import SCRIPTS, configure, source
 from test_train import HERE
@@ -32,6 +33,8 @@ def test_help(script, capsys):
         configure(script, ['-h'], stages=STAGES.get(script, ()))
     text = capsys.readouterr().out
     assert 'Reads ' in text and 'Writes ' in text and len(commands(text)) >= 2
+    for key, setting in configurator.block(script).items():
+        assert f'--{key}={setting.default!r} ' in text and setting.comment in text
 
 def test_commands(tmp_path, monkeypatch):
     """Scripts know their flags, and tests run them; an experiment is planned; what needs the network says so."""

@@ -9,7 +9,6 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 import termios
 
 import numpy as np
@@ -20,10 +19,10 @@ import measures
 import report
 import run_experiment
 import runs
-import shards
 from configurator import SCRIPTS, block, configure
 from runs import curve, orderedness
-from test_train import ENV, HERE, TINY, dataset, run                            # noqa: F401 (dataset is a fixture)
+from test_train import (ENV, HERE, TINY, command, dataset, refuses, run,         # noqa: F401 (dataset is a fixture)
+                        spawn, succeeds)
 
 EXPERIMENT = """
 data_dir, out_dir = 'data/tiny', 'out/tiny'
@@ -33,20 +32,17 @@ n_topics, vocab_size, block_size, min_segment_len = 3, 16, 48, 9
 train_rows, val_rows = 60, 40
 n_layer, n_embd, n_head, head_dim, mlp_hidden = 2, 16, 2, 8, 24
 batch_size, max_iters, eval_interval = 4, 12, 6
-recal_iters = (0.5, 2)
+recal_iters, course_seeds = (0.5, 2), 1
 null_draws, analysis_rows, lens_rows = 20, 24, 16
 """
 
 @pytest.fixture(scope='module')
 def workspace(tmp_path_factory):
-    """A copy of the scripts, as a checkout, with one experiment run in it."""
-    here = str(tmp_path_factory.mktemp('checkout'))
-    for path in [*glob.glob(os.path.join(HERE, '*.py')), os.path.join(HERE, 'view_template.html')]:
-        shutil.copy(path, here)
-    open(os.path.join(here, 'tiny.py'), 'w').write(EXPERIMENT)
-    done = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--publish=True', cwd=here)
-    assert done.returncode == 0, done.stderr
-    return here, done.stdout
+    """A folder with one experiment run in it."""
+    here = tmp_path_factory.mktemp('workspace')
+    (here / 'tiny.py').write_text(EXPERIMENT)
+    done = succeeds(spawn(command('run_experiment.py', 'tiny.py', '--seeds=0,1', '--publish=True'), here))
+    return str(here), done.stdout
 
 # -----------------------------------------------------------------------------
 # an experiment, end to end
@@ -61,7 +57,7 @@ def untimed(rows):
 def test_experiment(workspace):
     here, printed = workspace
     header, rows = runs.read_rows(f'{here}/out/tiny')
-    assert len(rows) == 5 * 2 * (1 + 2 * 2)                     # arms x seeds x (rope + {drope, kept} x two lengths)
+    assert len(rows) == 5 * (1 + 2 * 2) + 5 * (1 + 2)           # rope + {drope, kept} x two lengths, then one
     assert {r['condition'] for r in rows} == {
         f'{arm}_{kind}' for arm in ('mha_shuffled', 'mha_topic_ordered', 'mha_topic_c4', 'mha_shuffled_pure',
                                     'gqa_topic_ordered') for kind in ('rope', 'drope', 'kept')}
@@ -85,7 +81,7 @@ def test_experiment(workspace):
     # printed: the plan, a line a run, the first part of the report
     plan, lines = printed.split('\n', 1)[0], [line for line in printed.split('\n') if line.startswith('out/tiny/')]
     page = lines.pop()
-    assert '50 runs' in plan and len(lines) == 50 and all(': val loss' in line for line in lines)
+    assert '40 runs' in plan and len(lines) == 40 and all(': val loss' in line for line in lines)
     assert page.startswith('out/tiny/mha_shuffled_rope/seed0/view.html: ')
     assert printed.count('\n') < 90 and text.split('\n## ')[0] in printed and 'figures: out/tiny/figures' in printed
     contrasts = {tuple(e['arms']) for e in report.effects(header, rows)}
@@ -99,17 +95,16 @@ def test_two_parts_on_one_folder(workspace):
     here, _ = workspace
     args = ['tiny.py', '--seeds=0,1', '--arms=mha_shuffled,mha_topic_ordered', '--data_dir=data/parts',
             '--out_dir=out/parts']
-    command = [sys.executable, 'run_experiment.py', *args]
-    killed = subprocess.Popen([*command, '--part=1/2'], cwd=here, env=ENV, stdout=subprocess.PIPE, text=True)
+    part = command('run_experiment.py', *args, '--part=1/2')
+    killed = subprocess.Popen(part, cwd=here, env=ENV, stdout=subprocess.PIPE, text=True)
     assert any(': val loss' in line for line in killed.stdout)             # it has a run
     killed.kill()
-    second = run('run_experiment.py', *args, '--part=2/2', cwd=here)
-    assert second.returncode == 0 and 'part 2/2 is done; ' in second.stdout, second.stderr
+    second = succeeds(run('run_experiment.py', *args, '--part=2/2', cwd=here))
+    assert 'part 2/2 is done; ' in second.stdout
     assert not os.path.exists(f'{here}/out/parts/summary.md')
-    first = run('run_experiment.py', *args, '--part=1/2', cwd=here)
-    assert first.returncode == 0 and 'to do: 2 of 2' in first.stdout, first.stderr
+    assert 'to do: 2 of 2' in succeeds(run('run_experiment.py', *args, '--part=1/2', cwd=here)).stdout
     parts, whole = rows_of(f'{here}/out/parts'), rows_of(f'{here}/out/tiny')
-    assert len(parts) == 20 and os.path.exists(f'{here}/out/parts/figures/loss.png')
+    assert len(parts) == 16 and os.path.exists(f'{here}/out/parts/figures/loss.png')
     strip = lambda row: {k: v for k, v in row.items() if k not in ('seconds', 'config')}
     assert all(strip(row) == strip(whole[key]) for key, row in parts.items())
     refuses(run('run_experiment.py', *args, '--part=3/2', cwd=here), 'part = 3/2', 'is the second of eight')
@@ -137,7 +132,7 @@ def test_another_dataset_in_its_place(workspace, script, tmp_path):
     meta = runs.read_json(tmp_path / 'data/seed1/meta.json')
     runs.write_json(f'{tmp_path}/data/seed1/meta.json', meta | {'beta': 1.5})
     done = run(script, f'--run={tmp_path}/run', cwd=here)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'beta = 1.5 there, here 2.0' in done.stderr
+    refuses(done, 'wants another dataset', 'beta = 1.5 there, here 2.0')
 
 def test_published_figures_can_be_drawn_again(workspace, tmp_path):
     """Report and figures come from the published rows alone, and are the same to the byte."""
@@ -145,90 +140,10 @@ def test_published_figures_can_be_drawn_again(workspace, tmp_path):
     assert set(os.listdir(results)) == {'runs.jsonl', 'summary.md', 'examples.json', 'figures'}
     copy = shutil.copytree(results, tmp_path / 'tiny', ignore=shutil.ignore_patterns('figures'))
     for script in ('plot.py', 'report.py'):
-        done = run(script, str(copy))
-        assert done.returncode == 0, done.stderr
+        succeeds(run(script, str(copy)))
     assert len(os.listdir(copy / 'figures')) == 8
     for path in ['summary.md', *(f'figures/{name}' for name in os.listdir(copy / 'figures'))]:
         assert open(f'{copy}/{path}', 'rb').read() == open(f'{results}/{path}', 'rb').read(), path
-
-def test_experiment_goes_on_where_it_stopped(workspace):
-    here, _ = workspace
-    before = untimed(rows_of(f'{here}/out/tiny'))
-    os.remove(f'{here}/out/tiny/mha_shuffled_rope/seed0/ckpt.pt')              # done all the same: its row is there
-    shutil.rmtree(f'{here}/out/tiny/gqa_topic_ordered_kept')                   # done all the same: it is published
-    plan = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--dry_run=True', cwd=here)
-    assert plan.returncode == 0 and 'to do' not in plan.stdout.split('\n', 1)[1] and '50 runs' in plan.stdout
-    again = run('run_experiment.py', 'tiny.py', '--seeds=0,1', cwd=here)
-    assert again.returncode == 0 and 'to do: 0 of 10' in again.stdout, again.stderr
-    other = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--max_iters=13', cwd=here)
-    refuses(other, 'holds a run with other settings (max_iters = 12, here 13)')
-    assert untimed(rows_of(f'{here}/out/tiny')) == before
-    refuses(run('run_experiment.py', 'tiny.py', '--seeds=0', '--publish=True', cwd=here), 'seed 1, which is not in')
-    fewer = run('run_experiment.py', 'tiny.py', '--seeds=0', cwd=here)         # the plan alone is reported
-    assert fewer.returncode == 0 and len(rows_of(f'{here}/out/tiny')) == 25, fewer.stderr
-    shutil.rmtree(f'{here}/out/tiny/mha_shuffled_drope/seed0')
-    shutil.rmtree(f'{here}/results')
-    status, shown = on_terminal(here, 'tiny.py', '--seeds=0,1', '--jobs=2')
-    assert status == 0 and '8/8 [' in shown and 'out/tiny/mha_shuffled_' in shown, shown       # drope: 6 steps, 2
-    assert 'val loss' not in shown and '| mha_topic_c4_drope ' in shown        # one bar, then the report
-    assert untimed(rows_of(f'{here}/out/tiny')) == before                      # the same seed, the same run
-
-def on_terminal(cwd, *args):
-    """(exit status, what is shown) of an experiment on a terminal."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('4H', 40, 150, 0, 0))
-    command = [sys.executable, 'run_experiment.py', *args]
-    process = subprocess.Popen(command, cwd=cwd, env=ENV, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = b''
-    with contextlib.suppress(OSError):                      # Linux's way to say that they have closed it
-        while chunk := os.read(ours, 9999):
-            shown += chunk
-    return process.wait(), shown.decode()
-
-def test_published_rows_do_not_hide_another_run(workspace):
-    """A run with other settings stops the command, though a row with these is published; `main` is the folder's."""
-    here, _ = workspace
-    assert run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--publish=True', cwd=here).returncode == 0
-    os.rename(f'{here}/out/tiny', f'{here}/out/aside')
-    args, name = ('tiny.py', '--arms=mha_shuffled', '--seeds=0'), 'tiny/mha_shuffled_rope/seed0'
-    config = runs.read_config(f'{here}/out/aside/mha_shuffled_rope/seed0')
-    runs.write_json(f'{here}/out/{name}/config.json', config | {'max_iters': 4})
-    refuses(run('run_experiment.py', *args, cwd=here), 'max_iters = 4, here 12')
-    shutil.rmtree(f'{here}/out/tiny')
-    done = run('run_experiment.py', *args, '--recal_iters=2,0.5', cwd=here)
-    assert done.returncode == 0 and 'to do: 0 of 1' in done.stdout, done.stderr
-    main = {key[2]: row['main'] for key, row in rows_of(f'{here}/out/tiny').items() if key[0].endswith('drope')}
-    assert main == {2: True, 6: False}
-    shutil.rmtree(f'{here}/out/tiny')
-    os.rename(f'{here}/out/aside', f'{here}/out/tiny')
-
-def test_large_results_are_deflated(tmp_path):
-    """runs.jsonl or runs.jsonl.gz, whichever fits, and never both."""
-    out, place = str(tmp_path / 'out'), str(tmp_path / 'results')
-    header = json.dumps({'experiment': 'made', 'config': {}}) + '\n'
-    for n in (1, 2000, 1):
-        runs.write_text(f'{out}/runs.jsonl', header + n * (json.dumps({'config': {}, 'text': 'x' * 1000}) + '\n'))
-        runs.publish_file(out, place, 'runs.jsonl')
-        assert len(os.listdir(place)) == 1 and len(runs.read_rows(place)[1]) == n
-
-def test_stale_rows(workspace):
-    """A row of an older version of the measures is made again where its checkpoint is, and kept where it is gone."""
-    here, _ = workspace
-    folders = [f'{here}/out/tiny/mha_topic_c4_{kind}/seed1' for kind in ('drope', 'kept')]
-    fresh = runs.read_row(folders[0])
-    for folder in folders:
-        row = runs.read_row(folder)
-        row['mean']['score_p'] = 99.0
-        runs.write_json(f'{folder}/row.json', row | {'measures_version': 0})
-    os.rename(f'{folders[1]}/ckpt.pt', f'{folders[1]}/gone.pt')
-    done = run('run_experiment.py', 'tiny.py', '--seeds=0,1', cwd=here)
-    os.rename(f'{folders[1]}/gone.pt', f'{folders[1]}/ckpt.pt')
-    assert done.returncode == 0 and 'to do: 1 of 10' in done.stdout, done.stderr
-    assert runs.read_row(folders[0])['mean'] == fresh['mean'] and runs.read_row(folders[1])['measures_version'] == 0
-    assert re.search(r'\| mha_topic_c4_kept +(\|[^|]+){4}\| — ', open(f'{here}/out/tiny/summary.md').read())       # P
-    shutil.rmtree(folders[1])
-    assert run('run_experiment.py', 'tiny.py', '--seeds=0,1', cwd=here).returncode == 0
 
 def test_own_dataset_as_an_experiment(workspace):
     """data_script = '': the dataset that is there, for all seeds; without that, nothing is made inside it."""
@@ -237,16 +152,75 @@ def test_own_dataset_as_an_experiment(workspace):
     args = ['tiny.py', '--data_dir=data/own', '--out_dir=out/own', '--arms=mha_shuffled', '--recal_iters=2']
     refuses(run('run_experiment.py', *args, cwd=here), 'data/own', '--data_script=')
     refuses(run('data_synth.py', 'tiny.py', '--data_dir=data/own', cwd=here), 'data/own', 'dataset')
-    done = run('run_experiment.py', *args, '--data_script=', cwd=here)
-    assert done.returncode == 0 and len(rows_of(f'{here}/out/own')) == 3, done.stderr
+    succeeds(run('run_experiment.py', *args, '--data_script=', cwd=here))
+    assert len(rows_of(f'{here}/out/own')) == 3
     assert sorted(os.listdir(f'{here}/data/own')) == sorted(os.listdir(f'{here}/data/tiny/seed0'))
 
 def test_unmasked_columns(workspace):
     here, _ = workspace
-    done = run('analyze.py', '--run=out/tiny/mha_shuffled_rope/seed1', '--causal=False', cwd=here)
-    assert done.returncode == 0, done.stderr
+    succeeds(run('analyze.py', '--run=out/tiny/mha_shuffled_rope/seed1', '--causal=False', cwd=here))
     found = runs.read_json(f'{here}/out/tiny/mha_shuffled_rope/seed1/unmasked.json')
     assert found['causal'] is False and found['uniform']['entropy'] == pytest.approx(np.log(48))
+
+def test_published_rows_do_not_hide_another_run(workspace):
+    """A run with other settings stops the command, though a row with these is published; `main` is the folder's; an
+    arm or a seed that is named twice is one."""
+    here, _ = workspace
+    os.rename(f'{here}/out/tiny', f'{here}/out/aside')
+    args, name = ('tiny.py', '--arms=mha_shuffled,mha_shuffled', '--seeds=0,0'), 'tiny/mha_shuffled_rope/seed0'
+    config = runs.read_config(f'{here}/out/aside/mha_shuffled_rope/seed0')
+    runs.write_json(f'{here}/out/{name}/config.json', config | {'max_iters': 4})
+    refuses(run('run_experiment.py', *args, cwd=here), 'max_iters = 4, here 12')
+    shutil.rmtree(f'{here}/out/tiny')
+    done = succeeds(run('run_experiment.py', *args, '--recal_iters=2,0.5', cwd=here))
+    assert '1 arms x 1 seeds, 5 runs' in done.stdout and 'to do: 0 of 1' in done.stdout
+    main = {key[2]: row['main'] for key, row in rows_of(f'{here}/out/tiny').items() if key[0].endswith('drope')}
+    assert main == {2: True, 6: False}
+    shutil.rmtree(f'{here}/out/tiny')
+    os.rename(f'{here}/out/aside', f'{here}/out/tiny')
+
+def test_experiment_goes_on_where_it_stopped(workspace):
+    """What is done is skipped. A row of an older version of the measures is made again where its checkpoint is, and
+    kept where it is gone."""
+    here, _ = workspace
+    before = untimed(rows_of(f'{here}/out/tiny'))
+    other = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--max_iters=13', cwd=here)
+    refuses(other, 'holds a run with other settings (max_iters = 12, here 13)')
+    os.remove(f'{here}/out/tiny/mha_shuffled_rope/seed0/ckpt.pt')              # done all the same: its row is there
+    shutil.rmtree(f'{here}/out/tiny/gqa_topic_ordered_kept/seed0')             # done all the same: it is published
+    plan = succeeds(run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--dry_run=True', cwd=here))
+    assert 'to do' not in plan.stdout.split('\n', 1)[1] and '40 runs' in plan.stdout
+    refuses(run('run_experiment.py', 'tiny.py', '--seeds=0', '--publish=True', cwd=here), 'seed 1, which is not in')
+    fewer = succeeds(run('run_experiment.py', 'tiny.py', '--seeds=0', cwd=here))           # the plan alone is reported
+    assert 'to do: 0 of 5' in fewer.stdout and len(rows_of(f'{here}/out/tiny')) == 25
+    shutil.rmtree(f'{here}/results')
+    shutil.rmtree(f'{here}/out/tiny/mha_shuffled_drope/seed0')
+    remade, kept = (f'{here}/out/tiny/mha_topic_c4_{kind}/seed1' for kind in ('drope', 'kept'))
+    for folder in (remade, kept):
+        row = runs.read_row(folder)
+        row['mean']['score_p'] = 99.0
+        runs.write_json(f'{folder}/row.json', row | {'measures_version': 0})
+    os.remove(f'{kept}/ckpt.pt')
+    status, shown = on_terminal(here, 'tiny.py', '--seeds=0,1', '--jobs=2')
+    assert status == 0 and '14/14 [' in shown and 'out/tiny/mha_shuffled_' in shown, shown     # drope: 6 steps, 2; 6
+    assert 'val loss' not in shown and '| mha_topic_c4_drope ' in shown        # one bar, then the report
+    after = untimed(rows_of(f'{here}/out/tiny'))
+    assert after.pop(('mha_topic_c4_kept', 1, 6))['measures_version'] == 0
+    assert after.items() <= before.items() and len(after) == 39                # the same seed, the same run
+    assert re.search(r'\| mha_topic_c4_kept +(\|[^|]+){4}\| — ', open(f'{here}/out/tiny/summary.md').read())       # P
+
+def on_terminal(cwd, *args):
+    """(exit status, what is shown) of an experiment on a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('4H', 40, 150, 0, 0))
+    line = command('run_experiment.py', *args)
+    process = subprocess.Popen(line, cwd=cwd, env=ENV, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b''
+    with contextlib.suppress(OSError):                      # Linux's way to say that they have closed it
+        while chunk := os.read(ours, 9999):
+            shown += chunk
+    return process.wait(), shown.decode()
 
 # -----------------------------------------------------------------------------
 # rows and names
@@ -273,7 +247,8 @@ def test_a_new_key_does_not_void_old_runs():
     assert runs.differences(old | {'data_seed': 1}, old | {'data_seed': 0}) == ['data_seed']
 
 def test_rows_on_disk(tmp_path):
-    """runs.jsonl holds what rows share once, plain or gzipped, and gives every row its whole config back."""
+    """runs.jsonl holds what rows share once, and gives every row its whole config back; published, it is gzipped where
+    it is large, and never there as both."""
     made = []
     for seed, steps in ((0, 9), (1, 9), (0, 5)):
         columns = runs.OLDER | {'condition': 'mha_shuffled_rope', 'attention': 'mha', 'order': 'shuffled', 'cycles': 1,
@@ -288,6 +263,11 @@ def test_rows_on_disk(tmp_path):
     assert runs.read_rows(f'{tmp_path}/a')[1] == rows
     shutil.rmtree(tmp_path / 'a' / '2')
     assert len(runs.gather(f'{tmp_path}/a')[1]) == 2 and runs.read_rows(str(tmp_path)) == (None, [])
+    header, large = json.dumps({'config': {}}) + '\n', json.dumps({'config': {}, 'text': 'x' * 1000}) + '\n'
+    for n in (1, 2000, 1):
+        runs.write_text(f'{tmp_path}/b/runs.jsonl', header + n * large)
+        runs.publish_file(f'{tmp_path}/b', f'{tmp_path}/c', 'runs.jsonl')
+        assert len(os.listdir(tmp_path / 'c')) == 1 and len(runs.read_rows(f'{tmp_path}/c')[1]) == n
 
 def test_orderedness_and_curve():
     bins = lambda *counts: [{'topics': list(c)} for c in counts]
@@ -305,6 +285,8 @@ def test_orderedness_and_curve():
 # config
 
 def test_files_before_flags_and_derived_values(tmp_path):
+    for path in glob.glob(os.path.join(HERE, 'config', '*.py')):
+        assert configure('run_experiment.py', [path], stages=SCRIPTS).overrides
     path = tmp_path / 'c.py'
     path.write_text('_half = 128\nn_embd = 2 * _half\nconcentration = 7\nmax_iters = 5\nrecal_iters = 0.1\n')
     cfg = configure('train.py', ['--max_iters=9', str(path), '--compile=false', '--n_kv_head=none', '--run=123'])
@@ -313,77 +295,65 @@ def test_files_before_flags_and_derived_values(tmp_path):
     cfg = configure('drope.py', [str(path), '--recal_lr_scale=1'])
     assert cfg.recal_iters == (0.1,) and type(cfg.recal_lr_scale[0]) is float and not hasattr(cfg, 'n_embd')
 
-def test_scripts_share_their_defaults():
-    """A key that two scripts have must mean the same in both: run_experiment.py resolves it once. The two makers of
-    data may differ: each has its own where an experiment sets nothing."""
+def test_blocks():
+    """No number is without a range. A key that two scripts have must mean the same in both: run_experiment.py resolves
+    it once. The two makers of data may differ: each has its own where an experiment sets nothing."""
     seen, wiki = {}, block('prepare_wiki.py')
     for script in SCRIPTS:
         for key, default in block(script).items():
             if script != 'prepare_wiki.py':
                 assert seen.setdefault(key, default)[:2] == default[:2], f'{key} in {script}'
             assert wiki.get(key, default)[1] == default[1]              # of one type even so
+            assert bool(default.range) == (default.kind in (int, float)), f'{key} in {script}'
     cfg = configure('run_experiment.py', ['--data_script=prepare_wiki.py', '--vocab_size=999'], stages=SCRIPTS)
     at = run_experiment.data_stage(cfg, 3, 'mha_shuffled_pure')
     assert (at.n_topics, at.vocab_size, at.max_segments, at.seed) == (wiki['n_topics'][0], 999, 1, 0)
     assert at.data_dir == 'data/wiki_pure' and at.work_dir == 'data/wiki_work'
 
-def test_every_config_file_is_valid():
-    for path in glob.glob(os.path.join(HERE, 'config', '*.py')):
-        assert configure('run_experiment.py', [path], stages=SCRIPTS).overrides
-
-def test_help_prints_the_block():
-    done = run('train.py', '-h')
-    assert done.returncode == 0 and '--max_iters=10000' in done.stdout and 'Muon: every 2D matrix' in done.stdout
-
 # -----------------------------------------------------------------------------
 # bad input: one line that names the culprit, a non-zero exit, nothing lost
 
-def refuses(done, *words):
-    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    assert done.returncode != 0 and 'Traceback' not in done.stderr, done.stderr
-    assert len(lines) == 1 and all(w in lines[0] for w in words), done.stderr
-
-@pytest.mark.parametrize('source, words', (
-    ('max_iter = 5', ("'max_iter'", "'max_iters'", 'c.py')),
-    ('max_iters = "many"', ('max_iters', "'many'", 'int')),
-    ('max_iters = 5 +', ('c.py, line 1',)),
-    ('max_iters = nothing', ('c.py', 'nothing'))))
-def test_bad_config_file(tmp_path, source, words):
-    (tmp_path / 'c.py').write_text(source + '\n')
-    refuses(run('train.py', str(tmp_path / 'c.py')), *words)
-
-@pytest.mark.parametrize('args, words', (
-    (['--max_iter=5'], ("'max_iter'", "'max_iters'")),
-    (['--max_iters=many'], ('max_iters', "'many'", 'int')),
-    (['--chain=group'], ("'chain'",)),                                    # a key of another script
-    (['--max_iters'], ('--max_iters=value',)),
-    (['--n_kv_head=0'], ('n_kv_head = 0',)),
-    (['max_iters=5'], ('max_iters=5',)),
-    (['config/nothing.py'], ('config/nothing.py',)),
-    (['--data_dir=nowhere'], ('nowhere', 'data_synth.py')),
-    (['--order=sorted'], ('sorted', 'pseudo')),
-    (['--device=cuda'], ('cuda',)),
-    (['--dtype=half'], ('half', 'bfloat16')),
-    (['config/demo.py', '--data_dir=DATASET'], ('vocab_size = 20', '64'))))
-def test_bad_flags(args, words, dataset):
-    args = [arg.replace('config/demo', HERE + '/config/demo').replace('DATASET', dataset) for arg in args]
-    refuses(run('train.py', *args), *words)
-
-@pytest.mark.parametrize('args, words', (
-    (['--seed=3'], ('seed = 3', 'seeds')),
-    (['--arms=mha_sorted'], ('sorted', 'pseudo')),
-    (['--arms=sorted'], ('sorted', 'topic_ordered')),
-    (['--arms=3'], ('arms = 3', 'str')),
-    (['--seeds=a'], ('seeds', 'int')),
-    (['--recal_iters=0'], ('recal_iters',)),
-    (['--primary=qk_rank,topic_ordered,drope'], ('qk_rank', 'score_p')),
-    (['--base=shufled'], ('shufled', 'shuffled')),
-    (['--arms=mha_shuffled_c4'], ('mha_shuffled_c4', 'mha_shuffled')),
-    (['--data_script=nothing.py'], ('nothing.py',)),
-    (['--data_script=report.py'], ('report.py', 'makes no data')),
-    (['--null_draws=0'], ('null_draws = 0',))))
-def test_bad_experiments(args, words):
-    refuses(run('run_experiment.py', *args), *words)
+@pytest.mark.parametrize('line, words', (
+    ('train.py --max_iter=5', ("'max_iter'", "'max_iters'")),
+    ('train.py --max_iters=many', ('max_iters', "'many'", 'int')),
+    ('train.py --chain=group', ("'chain'",)),                                  # a key of another script
+    ('train.py --max_iters', ('--max_iters=value',)),
+    ('train.py max_iters=5', ('max_iters=5',)),
+    ('train.py config/nothing.py', ('config/nothing.py',)),
+    ('train.py --data_dir=nowhere', ('nowhere', 'data_synth.py')),
+    ('train.py --device=cuda', ('cuda',)),
+    ('train.py --dtype=half', ('half', 'bfloat16')),
+    ('train.py HERE/config/demo.py --data_dir=DATASET', ('vocab_size = 20', '64')),
+    ('drope.py', ('--run=',)),
+    ('tensor_lens.py', ('--run=',)),
+    ('export_hf.py', ('--run=',)),
+    ('view.py', ('--run=',)),
+    ('plot.py none', ('none',)),
+    ('analyze.py --run=none', ('none', 'no run here')),
+    ('run_experiment.py --seed=3', ('seed = 3', 'seeds')),
+    ('run_experiment.py --arms=mha_sorted', ('sorted', 'pseudo')),
+    ('run_experiment.py --arms=sorted', ('sorted', 'topic_ordered')),
+    ('run_experiment.py --arms=mha_shuffled_c4', ('mha_shuffled_c4', 'mha_shuffled')),
+    ('run_experiment.py --arms=mha_shuffled,mha_shuffled_rope', ('mha_shuffled_rope', 'right name')),
+    ('run_experiment.py --seeds=a', ('seeds', 'int')),
+    ('run_experiment.py --recal_iters=0', ('recal_iters',)),
+    ('run_experiment.py --recal_iters=0.5,6 --max_iters=12', ('recal_iters', 'differ')),
+    ('run_experiment.py --recal_iters=2.5', ('recal_iters = 2.5', 'whole steps')),
+    ('run_experiment.py --primary=qk_rank,topic_ordered,drope', ('qk_rank', 'score_p')),
+    ('run_experiment.py --base=shufled', ('shufled', 'shuffled')),
+    ('run_experiment.py --data_script=nothing.py', ('nothing.py',)),
+    ('run_experiment.py --data_script=report.py', ('report.py', 'makes no data')),
+    ('data_synth.py --chain=bigram', ("chain = 'bigram': choose range or group",)),
+    ('data_synth.py --chain=group --n_groups=7 --vocab_size=64', ('n_groups = 7 does not cut vocab_size = 64',)),
+    ('data_synth.py --n_topics=40 --vocab_size=64', ('need 83',)),
+    ('data_synth.py --min_segment_len=20 --block_size=63', ('5 segments of min_segment_len = 20 do not fit', '64')),
+    ('data_synth.py --min_segments=4 --max_segments=3', ('max_segments = 3: must be at least min_segments = 4',)),
+    ('data_synth.py --n_topics=1 --repeats=False', ('n_topics = 1: without repeats',)),
+    ('data_synth.py --device=tpu9', ('device = tpu9',))))
+def test_bad_flags(line, words, dataset, tmp_path):
+    line = line.replace('HERE', HERE).replace('DATASET', dataset)
+    refuses(run(*line.split(), cwd=tmp_path), *words)
+    assert not os.listdir(tmp_path)                         # nothing is left behind
 
 def test_bad_runs(dataset, tmp_path):
     good, out = [*TINY, f'--data_dir={dataset}', '--max_iters=4'], str(tmp_path / 'out')
@@ -391,11 +361,7 @@ def test_bad_runs(dataset, tmp_path):
     refuses(run('train.py', *good, '--batch_size=6', '--grad_accum=4', f'--run={out}'), 'batch_size = 6')
     (tmp_path / 'file').write_text('')
     refuses(run('train.py', *good, f'--run={tmp_path}/file/run'), 'file/run', 'cannot be written')
-    refuses(run('drope.py'), '--run=')
-    refuses(run('drope.py', f'--run={tmp_path}/none'), 'none', 'no run here')
-    refuses(run('analyze.py', f'--run={tmp_path}/none'), 'none', 'no run here')
-    refuses(run('plot.py', f'{tmp_path}/none'), 'none')
-    assert run('train.py', *good, f'--run={out}').returncode == 0
+    succeeds(run('train.py', *good, f'--run={out}'))
     runs.write_json(f'{out}/row.json', [1])
     refuses(run('report.py', str(tmp_path)), 'row.json', 'not a row of ours')
     os.rename(f'{out}/log.jsonl', f'{out}/log')
@@ -418,29 +384,13 @@ def test_bad_runs(dataset, tmp_path):
     open(f'{out}/config.json', 'w').write('{"hidden_size": 16}')
     refuses(run('drope.py', f'--run={out}'), 'config.json', 'not of one of our runs')
 
-def test_rows_of_one_topic(tmp_path):
-    """Labels that never change inside a row leave P and O undefined: null in JSON, a dash on the screen."""
-    rng = np.random.default_rng(0)
-    tokens, topics = rng.integers(0, 20, (40, 33)), np.repeat(rng.integers(0, 3, (40, 1)), 33, axis=1)
-    shards.write(f'{tmp_path}/data', dict(train=tokens, train_topics=topics, val=tokens, val_topics=topics),
-                 dict(vocab_size=20, block_size=32, n_topics=3))
-    folder = f'{tmp_path}/out/mha_shuffled_rope/seed0'
-    run('train.py', *TINY, f'--data_dir={tmp_path}/data', '--max_iters=4', f'--run={folder}')
-    done = run('analyze.py', f'--run={folder}')
-    assert done.returncode == 0 and 'P —' in done.stdout, done.stdout + done.stderr
-    row = runs.read_row(folder)
-    assert row['references']['filter'] is None and row['mean']['score_p'] is None and row['excess'] is None
-    for script in ('plot.py', 'report.py'):
-        assert run(script, f'{tmp_path}/out').returncode == 0
-
 def test_divergence_memory_and_compile_stop_with_one_line(dataset, tmp_path):
     good = [*TINY, f'--data_dir={dataset}', '--eval_interval=5']
-    done = run('train.py', *good, '--max_iters=40', '--muon_lr=1e30', f'--run={tmp_path}/a')
-    refuses(done, 'loss is', 'step', '--muon_lr')
-    done = run('train.py', *good, '--max_iters=4', '--mlp_hidden=2000000000', f'--run={tmp_path}/b')
-    refuses(done, 'out of memory', '--grad_accum')
-    compiler = {'CXX': '/nonexistent', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
-    done = run('train.py', *good, '--max_iters=4', '--compile=True', f'--run={tmp_path}/c', env=compiler)
+    args = {'a': ('--max_iters=40', '--muon_lr=1e30'), 'b': ('--max_iters=4', '--mlp_hidden=2000000000')}
+    refuses(run('train.py', *good, *args['a'], f'--run={tmp_path}/a'), 'loss is', 'step', '--muon_lr')
+    refuses(run('train.py', *good, *args['b'], f'--run={tmp_path}/b'), 'out of memory', '--grad_accum')
+    line = command('train.py', *good, '--max_iters=4', '--compile=True', f'--run={tmp_path}/c')
+    done = spawn(line, env={'CXX': '/nonexistent', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')})
     refuses(done, 'torch.compile failed', '--compile=False')
 
 def test_no_file_is_wide():

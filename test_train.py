@@ -1,14 +1,19 @@
 """Order, resume, processes and DroPE: the real scripts, tiny, on datasets made here."""
+import contextlib
 import functools
+import io
 import itertools
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,11 +30,53 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--head_dim=8', '--mlp_hidden=24', '--batch_size=8',
         '--adam_lr=0.003', '--log_interval=1', '--device=cpu']
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+torch.set_num_threads(1)                                    # small tensors: more threads only wait
 
-def run(script, *args, cwd=None, env={}):
-    """A script as a person would run it, on one CPU thread."""
-    script = script if cwd else os.path.join(HERE, script)
-    return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, env=ENV | env, cwd=cwd)
+def run(script, *args, cwd='.'):
+    """A script as a person would run it, on one CPU thread, in this process, which spares its start; what its children
+    print is not in what it returns."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    no_gpu, env = mock.patch('torch.cuda.is_available', lambda: False), mock.patch.dict(os.environ, ENV)
+    argv, told = mock.patch('sys.argv', [script, *args]), contextlib.redirect_stderr(err)
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), told, no_gpu, env, argv:
+        try:
+            runpy.run_path(os.path.join(HERE, script), run_name='__main__')
+        except SystemExit as stop:
+            status = int(bool(stop.code))
+            err.write(f'{stop.code}\n' if status else '')
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
+
+def command(script, *args, n=1):
+    """The command line of a script, in n processes."""
+    torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--standalone'] if n > 1 else []
+    return [sys.executable, *torchrun, os.path.join(HERE, script), *args]
+
+def spawn(line, cwd='.', env={}):
+    """A command line, to its end."""
+    return subprocess.run(line, capture_output=True, text=True, env=ENV | env, cwd=cwd)
+
+def two_runs(data_dir, parent, *flags):
+    """The folders of a run with RoPE and of one without, by the real stages; then every weight is drawn at random,
+    norm gains too, and large enough to matter."""
+    dropped = parent.replace('rope', 'drope')
+    succeeds(run('train.py', *TINY, *flags, f'--data_dir={data_dir}', f'--run={parent}', '--max_iters=4'))
+    succeeds(run('drope.py', f'--run={parent}', '--recal_iters=2'))
+    for folder in (parent, dropped):
+        ckpt, g = torch.load(f'{folder}/ckpt.pt', weights_only=True), torch.Generator().manual_seed(len(folder))
+        for w in ckpt['model'].values():
+            w.normal_(w.ndim == 1, 0.4, generator=g)
+        torch.save(ckpt, f'{folder}/ckpt.pt')
+    return parent, dropped
+
+def succeeds(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+def refuses(done, *words):
+    """It stops with one line that has these words."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode != 0 and 'Traceback' not in done.stderr, done.stderr
+    assert len(lines) == 1 and all(w in lines[0] for w in words), done.stderr
 
 @pytest.fixture(scope='session')
 def dataset(tmp_path_factory):
@@ -77,10 +124,9 @@ def n_blocks(rows):
 def test_reshuffled_differs_in_the_order_alone(dataset, tmp_path):
     """The same weights to begin with, other batches, and the recalibration rows of all arms."""
     for order in ('shuffled', 'reshuffled'):
-        done = run('train.py', *TINY, f'--data_dir={dataset}', '--max_iters=9', '--muon_lr=0', '--adam_lr=0',
-                   f'--order={order}', f'--run={tmp_path}/{order}')
-        assert done.returncode == 0, done.stderr
-        assert run('drope.py', f'--run={tmp_path}/{order}', '--recal_iters=3', '--device=cpu').returncode == 0
+        succeeds(run('train.py', *TINY, f'--data_dir={dataset}', '--max_iters=9', '--muon_lr=0', '--adam_lr=0',
+                     f'--order={order}', f'--run={tmp_path}/{order}'))
+        succeeds(run('drope.py', f'--run={tmp_path}/{order}', '--recal_iters=3'))
     assert same(weights(f'{tmp_path}/shuffled'), weights(f'{tmp_path}/reshuffled'))
     rows_of = lambda folder: torch.load(f'{tmp_path}/{folder}/ckpt.pt', weights_only=True)['rows']
     assert rows_of('shuffled') != rows_of('reshuffled') and rows_of('shuffled_drope') == rows_of('reshuffled_drope')
@@ -107,24 +153,20 @@ def test_dominant_topic_and_learning_rate():
 # -----------------------------------------------------------------------------
 # resume
 
-DIE_WHILE_SAVING = """
-import os, runpy, signal, sys
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-replace = os.replace
-def half(source, target):
-    if target.endswith('ckpt.pt'):
-        os.truncate(source, os.path.getsize(source) // 2)          # the disk holds half of it when the process dies
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace = half
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
+def die_while_saving(*args):
+    """Runs a script until it saves: the disk holds half of that checkpoint when the process dies."""
+    replace = os.replace
+    def half(source, target):
+        if target.endswith('ckpt.pt'):
+            os.truncate(source, os.path.getsize(source) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+    os.replace = half
+    run(*args)
 
-def kill_at(step, folder, command):
-    """Start a script and kill -9 it once its log has reached a step; it was still running then."""
-    quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, *command], env=ENV, **quiet)
+def kill_at(step, folder, line):
+    """Start a command and kill -9 it once its log has reached a step; it was still running then."""
+    process = subprocess.Popen(line, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         if len(read_log(folder)) > step:
             process.kill()
@@ -142,15 +184,13 @@ def test_resume_after_kill_is_bit_equal(dataset, tmp_path, dtype):
     train_args = [*TINY, f'--data_dir={dataset}', '--order=topic', '--cycles=2', '--max_iters=60', '--eval_interval=10']
     for script, kind, args in (('train.py', 'rope', train_args), ('drope.py', 'drope', ['--recal_iters=60'])):
         whole, killed = (f'{tmp_path}/{name}_{kind}/seed0' for name in ('whole', 'killed'))
-        done = run(script, *args, f'--dtype={dtype}', f'--run={tmp_path}/whole_rope/seed0')
-        assert done.returncode == 0, done.stderr
-        command = [os.path.join(HERE, script), *args, f'--dtype={dtype}', f'--run={tmp_path}/killed_rope/seed0']
-        kill_at(rng.randint(1, 9), killed, command)                # only the checkpoint of step 0 is there
-        kill_at(rng.randint(12, 45), killed, command)              # between two
-        died = subprocess.run([sys.executable, '-c', DIE_WHILE_SAVING, *command], env=ENV, capture_output=True)
+        succeeds(run(script, *args, f'--dtype={dtype}', f'--run={tmp_path}/whole_rope/seed0'))
+        again = script, *args, f'--dtype={dtype}', f'--run={tmp_path}/killed_rope/seed0'
+        kill_at(rng.randint(1, 9), killed, command(*again))        # only the checkpoint of step 0 is there
+        kill_at(rng.randint(12, 45), killed, command(*again))      # between two
+        died = spawn([sys.executable, '-c', f'import test_train; test_train.die_while_saving(*{again})'], HERE)
         assert died.returncode == -signal.SIGKILL and os.path.exists(f'{killed}/ckpt.pt.tmp')
-        done = run(*command)
-        assert done.returncode == 0, done.stderr
+        succeeds(run(*again))
         matrices = [w for w in weights(killed).values() if w.ndim == 2]
         assert same(weights(killed), weights(whole)) and {w.dtype for w in weights(whole).values()} == {torch.float32}
         assert not all(torch.equal(w, w.bfloat16().float()) for w in matrices)
@@ -228,11 +268,6 @@ def test_layers_and_arms_share_compiled_code(monkeypatch):
 # -----------------------------------------------------------------------------
 # processes and micro-batches
 
-def start(script, *args, n=1):
-    """The command of a script in n processes."""
-    torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--standalone'] if n > 1 else []
-    return [*torchrun, os.path.join(HERE, script), *args]
-
 @pytest.mark.parametrize('n, muon_lr, grad_accum', ((2, 0.02, 2), (4, 0.0005, 1)))
 def test_processes_and_micro_batches_match_one(dataset, tmp_path, n, muon_lr, grad_accum):
     """n gloo processes, also killed and ended by one, against one at equal global batch. At full rates only where
@@ -240,13 +275,11 @@ def test_processes_and_micro_batches_match_one(dataset, tmp_path, n, muon_lr, gr
     in a sum to 1% in 20 such steps."""
     args = [*TINY, '--n_head=4', '--n_embd=64', '--head_dim=16', '--mlp_hidden=176', '--batch_size=32',
             '--max_iters=20', f'--data_dir={dataset}', '--order=topic', '--eval_interval=5', f'--muon_lr={muon_lr}']
-    alone = f'--grad_accum={grad_accum}'
     run_of = lambda name: f'{tmp_path}/{name}/mha_topic_ordered_rope/seed0'
-    kill_at(7, run_of('killed'), start('train.py', *args, f'--out_dir={tmp_path}/killed', n=n))
-    for name, extra, world in (('many', '--grad_accum=1', n), ('one', alone, 1), ('killed', alone, 1)):
-        command = start('train.py', *args, extra, f'--out_dir={tmp_path}/{name}', n=world)
-        done = subprocess.run([sys.executable, *command], env=ENV, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    kill_at(7, run_of('killed'), command('train.py', *args, f'--out_dir={tmp_path}/killed', n=n))
+    succeeds(spawn(command('train.py', *args, f'--out_dir={tmp_path}/many', n=n)))
+    for name in ('one', 'killed'):
+        succeeds(run('train.py', *args, f'--grad_accum={grad_accum}', f'--out_dir={tmp_path}/{name}'))
     many, one, killed = map(run_of, ('many', 'one', 'killed'))
     assert len(losses(one)) == 21 and np.ptp(losses(one)[1:, 0]) > 0.01            # it is learning
     for other in (many, killed):
@@ -259,9 +292,7 @@ def test_bench_compares_numbers_of_processes(tmp_path):
     """One process, then two: a table in which each has its rows, at equal global batch and at as many rows each."""
     args = [*TINY, '--vocab_size=20', '--block_size=32', '--bench_steps=10', '--scaling=True']
     for n in (2, 1, 2):
-        command = [sys.executable, *start('bench.py', *args, n=n)]
-        done = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        succeeds(spawn(command('bench.py', *args, n=n), tmp_path) if n > 1 else run('bench.py', *args, cwd=tmp_path))
     one, same, more = json.load(open(tmp_path / 'out/bench/default_scaling.json'))['rows']
     assert [(row['gpus'], row['batch_size']) for row in (one, same, more)] == [(1, 8), (2, 8), (2, 16)]
     assert more['ratio'] == pytest.approx(16 / more['ms_per_step'] / (8 / one['ms_per_step'])) and one['ratio'] == 1
@@ -272,10 +303,9 @@ def test_bench_compares_numbers_of_processes(tmp_path):
 def test_drop_and_kept_control(dataset, tmp_path):
     """The dropped and the kept run read the same rows at the same rates and differ in RoPE alone."""
     parent = f'{tmp_path}/mha_shuffled_rope/seed0'
-    assert run('train.py', *TINY, f'--data_dir={dataset}', f'--run={parent}', '--max_iters=40').returncode == 0
+    succeeds(run('train.py', *TINY, f'--data_dir={dataset}', f'--run={parent}', '--max_iters=40'))
     for keep in (False, True):
-        done = run('drope.py', f'--run={parent}', '--recal_iters=0.5,4,0', f'--keep_rope={keep}')
-        assert done.returncode == 0, done.stderr
+        succeeds(run('drope.py', f'--run={parent}', '--recal_iters=0.5,4,0', f'--keep_rope={keep}'))
     drope, kept = f'{tmp_path}/mha_shuffled_drope/seed0', f'{tmp_path}/mha_shuffled_kept/seed0'
     for sub, steps in (('', 20), ('/recal_4', 4)):
         a, b = (json.load(open(f + sub + '/config.json')) for f in (drope, kept))

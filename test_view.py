@@ -5,26 +5,21 @@ import os
 import re
 import shutil
 import subprocess
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-import data_synth
-import drope
 import shards
-import train
 import view
-from configurator import configure
 from model import load
 from tensor_lens import topic_parts
-from test_train import TINY
+from test_train import refuses, run, two_runs
 
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 GROUP = ['--chain=group', '--n_groups=4', '--vocab_size=16', '--n_topics=3', '--block_size=48', '--min_segment_len=9',
-         '--repeats=False', '--train_rows=60', '--val_rows=6', '--data_dir=data/group', '--device=cpu']
+         '--repeats=False', '--train_rows=60', '--val_rows=6', '--data_dir=data/group']
 WORDS = ['<script>alert(1)</script>', '</script>', '<!--', '<img src=x>', '&lt;', '"', '\\u003c', ' 東京', '\n', '$&']
 GROUPS, TEXTS = ([f'out/{name}/mha_shuffled_{kind}/seed0' for kind in ('rope', 'drope')] for name in ('group', 'text'))
 
@@ -32,24 +27,17 @@ GROUPS, TEXTS = ([f'out/{name}/mha_shuffled_{kind}/seed0' for kind in ('rope', '
 def home(tmp_path_factory):
     """Its out/group and out/text have a run with RoPE and one without, by the real stages, with weights that matter."""
     with contextlib.chdir(tmp_path_factory.mktemp('home')):
-        data_synth.main(configure('data_synth.py', GROUP))
+        run('data_synth.py', *GROUP)
         tokens = np.random.default_rng(0).integers(0, len(WORDS), (20, 49))
         shards.write('data/text', dict(train=tokens, train_topics=tokens % 3, val=tokens, val_topics=tokens % 3),
                      dict(vocab_size=16, block_size=48, n_topics=3))
         Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)})).save('data/text/tokenizer.json')
         for name, pair in (('group', GROUPS), ('text', TEXTS)):
-            train.main(configure('train.py', [*TINY, f'--data_dir=data/{name}', f'--run={pair[0]}', '--max_iters=2']))
-            drope.main(configure('drope.py', [f'--run={pair[0]}', '--recal_iters=1', '--device=cpu']))
-            for folder in pair:
-                ckpt = torch.load(f'{folder}/ckpt.pt', weights_only=True)
-                for i, w in enumerate(ckpt['model'].values()):
-                    w.normal_(w.ndim == 1, 0.5, generator=torch.Generator().manual_seed(i))
-                torch.save(ckpt, f'{folder}/ckpt.pt')
+            two_runs(f'data/{name}', pair[0])
         yield
 
-def make(run, other='', view_rows=(0, 3)):
-    view.main(SimpleNamespace(run=run, other=other, view_rows=view_rows))
-    return f'{run}/view.html'
+def make(folder, *flags):
+    return run('view.py', f'--run={folder}', '--view_rows=0,3', *flags)
 
 def browse(path, fragment):
     """The page as Chromium has made it, text; fails where its console has anything to say."""
@@ -67,7 +55,7 @@ def line(page, name):
     return [[float(x) for x in re.findall(r'>?(-?[\d.]+)', part)] for part in (note, cells)]
 
 def test_numbers_are_the_models(t=30):
-    page = browse(make(*GROUPS), f'row=1&layer=1&head=1&token={t}')
+    page = browse(make(GROUPS[0], f'--other={GROUPS[1]}').stdout.split(':')[0], f'row=1&layer=1&head=1&token={t}')
     data = shards.read('data/group/seed0')
     tokens, topics = (torch.tensor(x[3].astype(int)) for x in (data.val, data.val_topics))
     x, z = tokens[None, :-1], topics[:-1]
@@ -96,7 +84,7 @@ def test_numbers_are_the_models(t=30):
     assert line(page, 'Loss here')[0][0] == pytest.approx(losses[3, t - 1].item(), abs=0.006)
 
 def test_tokens_are_no_markup():
-    page = browse(make(TEXTS[0]), 'token=40')
+    page = browse(make(TEXTS[0]).stdout.split(':')[0], 'token=40')
     shown = [html.unescape(x) for x in re.findall(r'<span class="token [^>]*>(.*?)</span>', page)]
     tokens = shards.read('data/text').val[0, :-1].tolist()
     assert shown == [WORDS[i].replace('\n', '↵') for i in tokens]
@@ -104,7 +92,5 @@ def test_tokens_are_no_markup():
 
 def test_it_stands_alone_and_refuses_in_one_line():
     assert not re.search(r'https?:|src=|url\(|@import|fetch\(', view.source('view_template.html'))
-    told = {('',): '--run=', (GROUPS[0], '', (0, 6)): 'row is 5', (GROUPS[0], TEXTS[0]): 'other layers'}
-    for pair, words in told.items():
-        with pytest.raises(SystemExit, match=words):
-            make(*pair)
+    refuses(make(GROUPS[0], '--view_rows=0,6'), 'row is 5')
+    refuses(make(GROUPS[0], f'--other={TEXTS[0]}'), 'other layers')

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -20,10 +19,9 @@ from tokenizers import Tokenizer
 
 import prepare_wiki
 import runs
-import sample
 import shards
 from configurator import configure
-from test_train import ENV, HERE, run
+from test_train import HERE, refuses, run, spawn, succeeds
 
 SMALL = ['--embedder=lsa', '--n_topics=3', '--vocab_size=400', '--block_size=96', '--min_segment_len=16',
          '--val_share=0.2', '--min_chars=100']
@@ -247,8 +245,8 @@ def kill_everywhere(tmp):
 def test_killed_anywhere(fresh):
     """What kill -9 loses is one chunk of articles, vectors, tokens or rows: each is worked out once more, not twice."""
     call = f'import test_wiki; test_wiki.kill_everywhere({str(fresh)!r})'      # in a process that forks: of one thread
-    done = subprocess.run([sys.executable, '-c', call], cwd=HERE, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0 and same(fresh / 'data', fresh / 'whole'), done.stderr
+    succeeds(spawn([sys.executable, '-c', call], HERE))
+    assert same(fresh / 'data', fresh / 'whole')
     log = open(fresh / 'log').read().splitlines()
     arrays = [line for line in log if line.endswith('.npy')]
     assert log.count('article') == 2 * 94 and len(set(arrays)) == 3 + 3 + 4 and len(arrays) == 2 * len(set(arrays))
@@ -337,15 +335,13 @@ def test_bad_settings(flag, match, fresh):
 
 @pytest.fixture(scope='module')
 def experiment(made, tmp_path_factory):
-    """config/wiki_small.py, tiny, on articles made here, in a copy of the scripts."""
-    here = str(tmp_path_factory.mktemp('checkout'))
-    for path in [made / 'articles.jsonl', f'{HERE}/view_template.html', *glob.glob(os.path.join(HERE, '*.py'))]:
-        shutil.copy(path, here)
-    shutil.copytree(os.path.join(HERE, 'config'), f'{here}/config')
+    """A folder with config/wiki_small.py, tiny, on articles made here."""
+    here = tmp_path_factory.mktemp('experiment')
+    shutil.copy(made / 'articles.jsonl', here)
     tiny = ('--n_layer=2 --n_embd=16 --n_head=2 --head_dim=8 --mlp_hidden=24 --batch_size=4 --max_iters=12 --jobs=1 '
             '--eval_interval=6 --eval_rows=12 --analysis_rows=12 --null_draws=20 --publish=True').split()
-    done = run('run_experiment.py', 'config/wiki_small.py', '--source=articles.jsonl', *SMALL, *tiny, cwd=here)
-    assert done.returncode == 0, done.stderr
+    config = os.path.join(HERE, 'config', 'wiki_small.py')
+    succeeds(run('run_experiment.py', config, '--source=articles.jsonl', *SMALL, *tiny, cwd=here))
     return here
 
 def test_experiment(experiment):
@@ -362,22 +358,19 @@ def test_experiment(experiment):
     for trace in (json.dumps(ids)[1:-1], tokenizer.decode(ids)):
         assert len(texts) >= 5 and not any(''.join(trace.split()) in text for text in texts)
 
-def test_sample(experiment, monkeypatch, capsys):
-    flags = ['--run=out/wiki_small/mha_shuffled_rope/seed0', '--prompt=abc', '--n_tokens=9', '--n_samples=2']
+def test_sample(experiment):
+    flags = '--run=out/wiki_small/mha_shuffled_rope/seed0', '--prompt=abc', '--n_tokens=9', '--n_samples=2'
     def texts(*more):
-        return sample.main(configure(sample.__file__, [*flags, '--device=cpu', *more]))
-    monkeypatch.chdir(experiment)
-    first, done = texts(), run('sample.py', *flags, cwd=experiment)
-    assert done.returncode == 0 and done.stdout == capsys.readouterr().out
-    assert done.stdout.count('--- ') == 2 and '\nabc' in done.stdout
-    assert first != texts('--seed=1') and texts('--temperature=1e-40') == texts('--temperature=0')
-    with pytest.raises(SystemExit, match='prompt is empty'):
-        texts('--prompt=')
-    meta = shards.read_meta('data/wiki_small')
+        return succeeds(run('sample.py', *flags, *more, cwd=experiment)).stdout
+    first = texts()
+    assert first.count('--- ') == 2 and '\nabc' in first and first == texts() != texts('--seed=1')
+    assert texts('--temperature=1e-40') == texts('--temperature=0')
+    refuses(run('sample.py', *flags, '--prompt=', cwd=experiment), 'prompt is empty')
+    path = f'{experiment}/data/wiki_small/meta.json'
+    meta = runs.read_json(path)
     meta['files']['train.bin']['sha256'] = 'f' * 64                            # made again, with another tokenizer
-    runs.write_json('data/wiki_small/meta.json', meta)
-    with pytest.raises(SystemExit, match='^[^\n]*another dataset[^\n]*$'):
-        texts()
+    runs.write_json(path, meta)
+    refuses(run('sample.py', *flags, cwd=experiment), 'another dataset')
 
 @pytest.mark.skipif(not {'WIKI_ARTICLES', 'MINILM_PATH'} <= {*os.environ}, reason='WIKI_ARTICLES or MINILM_PATH unset')
 def test_real(tmp_path):
