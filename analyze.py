@@ -65,6 +65,11 @@ def outcome(val_loss, references):
 # -----------------------------------------------------------------------------
 # rows and patterns
 
+def first_rows(data, n, device):
+    """Tokens [n, T + 1] and topics [n, T] of the first validation rows, int64 on the device."""
+    tokens, topics = (torch.tensor(x[:n].astype(int), device=device) for x in (data.val, data.val_topics))
+    return tokens, topics[:, :-1]
+
 def validation_rows(cfg, c, data, device):
     """
     The rows that are looked at, in equal groups: tokens and topics [n, T]; train and test, bool [n, T]: the tokens of
@@ -75,8 +80,9 @@ def validation_rows(cfg, c, data, device):
     n = min(cfg.analysis_rows, len(data.val)) // GROUPS * GROUPS
     if not n:
         raise SystemExit(f'analyze.py: {len(data.val)} validation rows; at least {GROUPS} are needed')
-    tokens, topics = tensor_lens.first_rows(data, n, device)
-    masks = measures.probe_tokens(n, T, cfg.probe_tokens, torch.Generator().manual_seed(c['seed']))
+    tokens, topics = first_rows(data, n, device)
+    generator = torch.Generator().manual_seed(c['seed'])
+    masks = measures.probe_tokens(n, T, cfg.probe_tokens, generator)
     train, test = masks.to(device)
     memory = 4 << 30 if device.type == 'cuda' else 256 << 20
     size = GROUPS * max(1, memory // (GROUPS * c['n_head'] * T * T * 40))      # patterns in fp64, several copies
@@ -342,7 +348,8 @@ def analyse(cfg):
     # ---- probes, and the operator by topic
     embedded = model.model.embed_tokens(rows.tokens)
     probe = probe_table(c, rows, states, untrained, embedded, data.val_posterior)
-    lens = tensor_lens.of_run(cfg, c, model, data, device)
+    first = first_rows(data, cfg.lens_rows, device)
+    lens = tensor_lens.own_topic_shares(model, *first, c['n_topics'], cfg.lens_draws, c['seed'])
 
     # ---- the row comes last: it says that all is done
     shown = example(model, rows, attention['heads']['score_p'])

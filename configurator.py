@@ -20,8 +20,8 @@ from contextlib import suppress
 from os.path import abspath, basename, dirname, expanduser, join
 
 _here = dirname(abspath(__file__))
-SCRIPTS = ('prepare_wiki.py', 'data_synth.py', 'train.py', 'drope.py', 'analyze.py', 'tensor_lens.py', 'plot.py',
-           'view.py', 'run_experiment.py')                  # of a key that two define an experiment has the later's
+SCRIPTS = ('prepare_wiki.py', 'data_synth.py', 'train.py', 'drope.py', 'analyze.py', 'plot.py', 'view.py',
+           'run_experiment.py')                             # of a key that two define an experiment has the later's
 
 # -----------------------------------------------------------------------------
 # the config block of a script

@@ -184,6 +184,8 @@ def run_arm(cfg, arm, seed):
         todo = [run for run in plan if to_do(cfg, run, {})]
         if not has_checkpoint(parent) and not all(map(has_checkpoint, todo)):
             todo = plan                                     # another parent, to the bit, on a GPU: all of it anew
+            for run in plan:
+                runs.open_run(run.folder, run.config)       # stops where a run with other settings is
             for run, name in product(plan, ('ckpt.pt', 'log.jsonl', 'row.json')):
                 with suppress(FileNotFoundError):
                     os.remove(f'{run.folder}/{name}')

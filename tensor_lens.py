@@ -1,10 +1,6 @@
 """
-The whole model as one linear operator: which topic's tokens made a hidden state, a logit.
-
-Reads a run folder and its dataset. Writes nothing: it prints the shares by depth, beside chance.
-
-    python tensor_lens.py --run=out/demo/mha_shuffled_rope/seed0
-    python tensor_lens.py --run=out/demo/mha_shuffled_drope/seed0 --lens_rows=100 --lens_draws=20
+The whole model as one linear operator: which topic's tokens made a hidden state, a logit. For analyze.py, which puts
+the shares of the own topic into the row of a run.
 
 Freeze at their forward values every 1/rms of a norm, every attention pattern and the gate silu(g) of each SwiGLU. What
 is left is linear: at every depth h_i = sum_j T_ij x_j in the token embeddings x_j, exactly. T is never built: a pass
@@ -16,23 +12,12 @@ chance level: the same labels, handed round between rows with as many runs. What
 so `others` leaves out the position's own token, again exactly; tokens that tell the topic (`range` chain) resemble each
 other, so their embeddings project on each other through any attention; attention that stops at boundaries raises it
 without knowing a topic. And freezing is no intervention: T says what was added up, not what another token would do.
-analyze.py puts the shares into the row of a run; this script does so again, with more rows or draws.
 """
 import torch
 import torch.nn.functional as F
 
 import measures
-import runs
-from configurator import command
-from train import open_finished
-
-# -----------------------------------------------------------------------------
-# config
-
-run = ''                    # folder of the run
-lens_rows = 200             # validation rows, the first ones [2, 2**31)
-lens_draws = 5              # label exchanges behind the chance level and its SD [2, 2**31)
-device = ''                 # cpu, cuda, cuda:1; '' = cuda where there is one
+from runs import plain
 
 # -----------------------------------------------------------------------------
 # the frozen model, on parts [B, T, P, n_embd] of the embeddings, as many as there are
@@ -91,7 +76,8 @@ def topic_parts(model, idx, labels, n_topics):
     masks = masks.flatten(2)                                # [B, T, M * n_topics]
     parts = masks[..., None] * x[:, :, None]
     for hidden, parts, own in carried(model, idx, parts):
-        yield hidden, parts.unflatten(2, (-1, n_topics)), own[:, :, 0]
+        by_topic = parts.unflatten(2, (-1, n_topics))
+        yield hidden, by_topic, own[:, :, 0]
 
 # -----------------------------------------------------------------------------
 # the share of a position's own topic
@@ -114,7 +100,8 @@ def row_sums(model, tokens, labels, n_topics):
     other = labels != labels[0]
     counts = other.cumsum(0) > 0                            # a choice: some other topic before
     sums = []
-    for hidden, parts, own in topic_parts(model, tokens[None, :-1], labels[None], n_topics):
+    depths = topic_parts(model, tokens[None, :-1], labels[None], n_topics)
+    for hidden, parts, own in depths:
         hidden = hidden[0]
         mine = parts[0].take_along_dim(labels[..., None, None], 2).squeeze(2)
         three = hidden, mine, own[0]
@@ -143,36 +130,15 @@ def own_topic_shares(model, tokens, topics, n_topics, draws, seed):
     Returns {'projection', 'projection_others'}, each with 'value', 'chance', 'chance_sd' by depth: of the embedding,
     after every layer, of the final norm, of the logit.
     """
-    labels, exchanged = measures.exchanged(topics, draws, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    labels, exchanged = measures.exchanged(topics, draws, generator)
     labels = torch.cat([topics[None], labels])              # [1 + draws, n, T]
     sums = torch.zeros(len(model.model.layers) + 3, 3, 1 + draws).double()
     for row in exchanged.nonzero()[:, 0]:                   # one at a time: its parts are many
-        sums += row_sums(model, tokens[row], labels[:, row].T, n_topics).cpu()
+        found = row_sums(model, tokens[row], labels[:, row].T, n_topics)
+        sums += found.cpu()
     whole, topic, token = sums.unbind(1)
     least = 0.01 * whole[0]                                 # whole[0]: the positions that count
-    return runs.plain({
+    return plain({
         'projection': with_chance(topic, whole, least),
         'projection_others': with_chance(topic - token, whole - token, least)})
-
-# -----------------------------------------------------------------------------
-
-def first_rows(data, n, device):
-    """Tokens [n, T + 1] and topics [n, T] of the first validation rows, int64 on the device."""
-    tokens, topics = (torch.tensor(x[:n].astype(int), device=device) for x in (data.val, data.val_topics))
-    return tokens, topics[:, :-1]
-
-def of_run(cfg, c, model, data, device):
-    """own_topic_shares of a run with config c, on the first validation rows."""
-    tokens, topics = first_rows(data, cfg.lens_rows, device)
-    return own_topic_shares(model, tokens, topics, c['n_topics'], cfg.lens_draws, c['seed'])
-
-def main(cfg):
-    """Takes a run apart and prints the shares; analyze.py has them in the row of the run."""
-    lens = of_run(cfg, *open_finished(cfg.run, cfg.device))
-    print(f'{cfg.run}: the share of the own topic in the embedding, after every layer, in the final norm and the logit')
-    for name, levels in lens.items():
-        for key, values in levels.items():
-            print(f'  {name} {key}:', *[runs.show(x, '.3f') for x in values])
-
-if __name__ == '__main__':
-    command(main, __file__)

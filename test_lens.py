@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import measures
+import runs
 import shards
 import tensor_lens
 from model import load
@@ -135,19 +136,19 @@ def test_too_little_to_share_is_null(share, monkeypatch):
     assert lens['projection']['value'] == pytest.approx([0.5] * 6)
 
 def test_script(tmp_path):
-    """It prints what own_topic_shares finds; the draws come from the run's seed; fp32 is precise enough."""
+    """The row of a run has what own_topic_shares finds; the draws come from its seed; fp32 is precise enough."""
     rng, z = np.random.default_rng(0), make_rows(220, T=49, K=3, min_run=9, seed=0).numpy()
     tokens = (rng.integers(0, 5, z.shape) + 4 * z + np.arange(49) % 3) % 20
     arrays = dict(train=tokens[20:], train_topics=z[20:], val=tokens[:20], val_topics=z[:20])
     shards.write(f'{tmp_path}/data', arrays, dict(vocab_size=20, block_size=48, n_topics=4))
     at = f'{tmp_path}/run'
     succeeds(run('train.py', *TINY, f'--data_dir={tmp_path}/data', '--max_iters=80', f'--run={at}'))
-    done, again = (succeeds(run('tensor_lens.py', f'--run={at}', '--lens_rows=16')).stdout for _ in range(2))
-    assert again == done and 'projection_others chance: —' in done
+    succeeds(run('analyze.py', f'--run={at}', '--lens_rows=16'))
+    lens = runs.read_row(at)['lens']
     model, idx = load(at).double(), torch.from_numpy(tokens[:16])
     assert model.model.layers[0].mlp.up_proj.weight.std() > 0.1                # it has trained, 0.02 at init
     found = own_topic_shares(model, idx, torch.from_numpy(z[:16, :-1]), 4, 5, seed=0)
-    for key in ('value', 'chance'):
-        said = done.split(f'projection {key}: ')[1].split('\n')[0].split()
-        for shown, value in zip(said, found['projection'][key], strict=True):
-            assert shown == '—' if value is None else abs(float(shown) - value) < 1e-3
+    for name, levels in found.items():
+        for key, values in levels.items():
+            assert np.array(lens[name][key], float) == pytest.approx(np.array(values, float), abs=1e-3, nan_ok=True)
+    assert None in lens['projection_others']['chance']

@@ -66,13 +66,14 @@ def test_experiment(workspace):
         'gqa', 'topic', 1, 0.0, False, 'drope', True)
     reference = r['references']
     assert reference['oracle'] < reference['filter'] < reference['bigram'] < reference['uniform']
-    assert r['measures_version'] == measures.VERSION and r['excess'] == r['val_loss'] - reference['filter']
+    assert r['measures_version'] == measures.VERSION
+    assert r['excess'] == pytest.approx(r['val_loss'] - reference['filter'], abs=2e-9)      # rows have nine digits
     assert np.shape(r['heads']['score_p']) == (2, 2)
     assert len(r['probe']['accuracy']) == len(r['probe']['references']['control']) == 3
     assert np.mean(r['heads']['entropy']) == pytest.approx(r['mean']['entropy']) and r['uniform']['qk_rank'] > 1
     assert len(r['lens']['projection']['chance']) == 5 and r['config']['parent_order'] == 'topic'
     log = runs.read_log(f'{here}/out/tiny/gqa_topic_ordered_drope/seed1')
-    assert r['val_loss'] == log[-1]['val_loss'] and np.sum(r['curve']['topics']) == 6 * 4
+    assert r['val_loss'] == float(f'{log[-1]["val_loss"]:.9g}') and np.sum(r['curve']['topics']) == 6 * 4
     for name in ('loss', 'order', 'heads', 'maps', 'probe', 'effects', 'course', 'lens'):
         assert os.path.getsize(f'{here}/out/tiny/figures/{name}.png') > 5000
     text = open(f'{here}/out/tiny/summary.md').read()
@@ -121,7 +122,7 @@ def test_recalibration_reads_mixed_rows_in_every_arm(workspace):
                for arm in ('mha_shuffled', 'mha_topic_c4', 'mha_shuffled_pure')]
     assert len(set(digests)) == 1
 
-@pytest.mark.parametrize('script', ['analyze.py', 'tensor_lens.py', 'drope.py'])
+@pytest.mark.parametrize('script', ['analyze.py', 'drope.py'])
 def test_another_dataset_in_its_place(workspace, script, tmp_path):
     """A run whose dataset was made again with other chains is not measured on those, and says so in one line."""
     here, kind = workspace[0], 'rope' if script == 'drope.py' else 'drope'
@@ -184,9 +185,9 @@ def test_experiment_goes_on_where_it_stopped(workspace):
     kept where it is gone."""
     here, _ = workspace
     before = untimed(rows_of(f'{here}/out/tiny'))
-    other = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--max_iters=13', cwd=here)
-    refuses(other, 'holds a run with other settings (max_iters = 12, here 13)')
     os.remove(f'{here}/out/tiny/mha_shuffled_rope/seed0/ckpt.pt')              # done all the same: its row is there
+    other = run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--max_iters=13', cwd=here)
+    refuses(other, 'holds a run with other settings (max_iters = 12, here 13)')            # and deletes none
     shutil.rmtree(f'{here}/out/tiny/gqa_topic_ordered_kept/seed0')             # done all the same: it is published
     plan = succeeds(run('run_experiment.py', 'tiny.py', '--seeds=0,1', '--dry_run=True', cwd=here))
     assert 'to do' not in plan.stdout.split('\n', 1)[1] and '40 runs' in plan.stdout
@@ -325,7 +326,6 @@ def test_blocks():
     ('train.py --dtype=half', ('half', 'bfloat16')),
     ('train.py HERE/config/demo.py --data_dir=DATASET', ('vocab_size = 20', '64')),
     ('drope.py', ('--run=',)),
-    ('tensor_lens.py', ('--run=',)),
     ('export_hf.py', ('--run=',)),
     ('view.py', ('--run=',)),
     ('plot.py none', ('none',)),
