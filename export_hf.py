@@ -14,6 +14,7 @@ import shutil
 from os.path import exists
 
 from safetensors.torch import save
+from tokenizers import Tokenizer
 
 from configurator import command
 from model import load
@@ -69,6 +70,12 @@ def main(cfg):
     has_tokenizer = exists(source)                          # a run can be exported where its data is gone
     if has_tokenizer:
         read_data(c, cfg.run)                               # stops at the tokenizer of another dataset
+        try:
+            largest = max(Tokenizer.from_file(source).get_vocab().values())
+        except Exception as e:                              # the library's errors have no class of their own
+            raise SystemExit(f'{source}: no tokenizer ({e}); make the dataset again') from None
+        if largest >= c['vocab_size']:
+            raise SystemExit(f'{source}: has a token {largest}, the model only {c["vocab_size"]} tokens')
 
     with new_folder(cfg.out_dir) as folder:
         weights = save(model.state_dict(), {'format': 'pt'})                # Hugging Face's names, and no lm_head

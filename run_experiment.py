@@ -228,6 +228,11 @@ def leave(*_):
     ended = True
     raise SystemExit
 
+def kill(workers):
+    """Ends processes that a compiler, say, keeps from ending themselves."""
+    for worker in workers:
+        worker.kill()
+
 def watch(bar, mine):
     """Moves the bar to the steps that are made, and names the runs that have begun and have no row yet."""
     steps, now = 0, []
@@ -273,10 +278,10 @@ def run_arms(cfg, todo, plan):
         workers = multiprocessing.active_children()
         for worker in workers:
             worker.terminate()
-        for worker in workers:
-            worker.join(10)
-            worker.kill()                                   # one that its compiler, say, keeps from ending
+        killer = threading.Timer(10, kill, [workers])
+        killer.start()
         pool.shutdown(cancel_futures=True)
+        killer.cancel()
 
 # -----------------------------------------------------------------------------
 # the end

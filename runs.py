@@ -232,7 +232,7 @@ def read_config(folder):
     config = read_json(path, 'delete the folder and train again')
     if config is None:
         raise SystemExit(f'{folder or "--run=FOLDER"}: no run here (config.json is missing); train.py makes one')
-    if not isinstance(config, dict) or 'recal_steps' not in config:
+    if not isinstance(config, dict) or not {'recal_steps', 'data_dir', 'seed', 'n_layer'} <= config.keys():
         raise SystemExit(f'{path}: not of one of our runs; train.py makes one')
     return config | {'data_dir': find_data(folder, config['data_dir'])}
 

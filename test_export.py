@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.models import WordLevel
 
 import export_hf
 import runs
@@ -117,6 +118,10 @@ def test_bad_exports(home, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, 'replace', Mock(side_effect=OSError(errno.ENOSPC, 'No space left on device')))
         says('hf', 'No space left')
+    large = Tokenizer(WordLevel({'a': 400})).to_str()
+    for text, words in (('{"model": ', 'make the dataset again'), (large, 'only 400 tokens')):
+        (data / 'tokenizer.json').write_text(text)
+        says('data/tokenizer.json', words)
     runs.write_json(f'{bad}/config.json', config | {'n_topics': 9})
     says('wants another dataset', 'n_topics = 3 there, here 9')      # its tokenizer is not the run's
     shutil.rmtree(data)                                              # the data is gone: no tokenizer

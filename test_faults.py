@@ -1,4 +1,4 @@
-"""Kinds of faults that users of such programs report, each closed at one place (DESIGN 16); text: test_wiki.py."""
+"""Kinds of faults that users of such programs report, each closed at one place; text: test_wiki.py."""
 import io
 import os
 import shlex
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from unittest.mock import Mock
 
 import numpy as np
@@ -19,6 +20,7 @@ import machine
 import plot
 import report
 import runs
+import shards
 from configurator import configure
 from test_smoke import EXPERIMENT
 from test_train import (ENV, HERE, TINY, command, dataset, refuses, run,    # noqa: F401 (dataset is a fixture)
@@ -92,8 +94,12 @@ def test_sizes_nobody_thought_of(place, monkeypatch, capfd):
     assert '| mha_shuffled_rope ' in (place / 'out/tiny/summary.md').read_text()
     row = runs.read_row(f'{place}/out/tiny/mha_shuffled_rope/seed0')
     assert row['mean']['score_p'] is None and np.shape(row['curve']['topics'])[1] == 11
-    said, workers = succeeds(experiment(place, *odd)).stderr, capfd.readouterr()
-    assert 'Warning' not in said + workers.err and 'P —' in workers.out
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        warnings.simplefilter('error', RuntimeWarning)
+        succeeds(experiment(place, *odd))
+    workers = capfd.readouterr()
+    assert 'Warning' not in workers.err and 'P —' in workers.out
 
 def test_what_is_undefined_is_null():
     same = {'uniform': 3.0, 'bigram': 2.0, 'filter': 2.0, 'oracle': 1.0}
@@ -162,10 +168,15 @@ def test_paths(dataset, tmp_path, monkeypatch):
     cfg = configure('plot.py', ['~/x', f'{tmp_path}/c.py'], positional=True)
     assert cfg.paths == [f'{tmp_path}/x'] and cfg.overrides['out_dir'] == f'{tmp_path}/out'
     assert configure('train.py', ['--run=~/r']).run == f'{tmp_path}/r'
-    shutil.copytree(dataset, tmp_path / 'data')
-    succeeds(run('train.py', *TINY, '--data_dir=data', '--max_iters=2', '--run=out/r', cwd=tmp_path))
+    data = shards.read(dataset)                             # and rows of one topic: P and within are not defined
+    arrays = {name: getattr(data, name) for name in ('train', 'train_topics', 'val', 'val_topics')}
+    for name in ('train_topics', 'val_topics'):
+        arrays[name] = arrays[name][:, :1].repeat(arrays[name].shape[1], 1)
+    shards.write(f'{tmp_path}/own_data', arrays, {key: data.meta[key] for key in shards.NEEDED})
+    succeeds(run('train.py', *TINY, '--data_dir=own_data', '--max_iters=2', '--run=out/r', cwd=tmp_path))
     succeeds(run('analyze.py', f'--run={tmp_path}/out/r', '--null_draws=9'))
     row = runs.read_row(f'{tmp_path}/out/r')
     assert row['references']['filter'] is row['excess'] is None                # of own data nothing is known
+    assert row['mean']['score_p'] is row['mean']['within'] is row['mean']['score_o'] is None
     for script in ('plot.py', 'report.py'):
         succeeds(run(script, f'{tmp_path}/out'))

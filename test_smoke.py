@@ -325,6 +325,7 @@ def test_blocks():
     ('train.py --device=cuda', ('cuda',)),
     ('train.py --dtype=half', ('half', 'bfloat16')),
     ('train.py HERE/config/demo.py --data_dir=DATASET', ('vocab_size = 20', '64')),
+    ('train.py --data_dir=DATASET --order=sorted', ('order = sorted', 'pseudo')),
     ('drope.py', ('--run=',)),
     ('export_hf.py', ('--run=',)),
     ('view.py', ('--run=',)),

@@ -1,8 +1,8 @@
 # Wikipedia with seeds and controls: 64,000 articles, 34M parameters, two passes over 145,000 rows or so.
 # Primary, named before the runs: E, how much less alike the profile of P over heads is to two shuffles than these are
 # to one another, for topic order after DroPE for 10% of the steps. It is read only where the profile's split-half
-# reliability is above .8, and beside a rerun, the floor of rounding:
-# --arms=mha_shuffled,mha_shuffled_rerun --seeds=0 --out_dir=out/wiki_floor
+# reliability is above .8, and beside the floor of rounding: how alike (report.alike) mha_shuffled and a rerun of it are,
+# --arms=mha_shuffled_rerun --seeds=0 --out_dir=out/wiki_floor
 from config.wiki import *
 
 data_dir = 'data/wiki_mid'
