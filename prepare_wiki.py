@@ -228,8 +228,8 @@ def clean(text):
     text = replace([(TAIL, '')], '\n' + visible(text).strip())
     if any(mark in text for mark in MARKS):
         text = replace([(HALVES, '')], replace(RULES, text))
-    text = re.sub(r'[^\S\n]{2,}|[^\S\n ]', ' ', text)
-    return re.sub(r'\n{3,}', '\n\n', re.sub(r' ?\n ?', '\n', text)).strip()
+    lines = [' '.join(line.split()) for line in text.split('\n')]
+    return re.sub(r'\n{3,}', '\n\n', '\n'.join(lines)).strip()
 
 def article(record):
     """What is kept of a record. hash: of the first 200 letters and digits; articles with the same are duplicates."""
