@@ -64,7 +64,7 @@ def two_runs(data_dir, parent, *flags):
     for folder in (parent, dropped):
         ckpt, g = torch.load(f'{folder}/ckpt.pt', weights_only=True), torch.Generator().manual_seed(len(folder))
         for w in ckpt['model'].values():
-            w.normal_(w.ndim == 1, 0.4, generator=g)
+            w.normal_(w.ndim == 1, 0.3, generator=g)
         torch.save(ckpt, f'{folder}/ckpt.pt')
     return parent, dropped
 
