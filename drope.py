@@ -18,7 +18,7 @@ import shards
 from configurator import block, command
 from machine import machine, memory_errors, processes
 from model import build, load, load_weights
-from runs import locked, read_config, recal_folder
+from runs import columns, locked, read_config, recal_folder
 from train import RAISE_GRAD_ACCUM, data_folder, fit, read_data
 
 # -----------------------------------------------------------------------------
@@ -82,8 +82,8 @@ def recal_config(parent_config, parent, steps, keep_rope, lr_scale, data_dir, me
 def recalibrate(cfg, length):
     """One length of cfg.recal_iters from the parent cfg.run; returns the folder of the recalibrated run."""
     parent = read_config(cfg.run)
-    if not parent['rope'] or parent['recal_steps'] is not None:
-        raise SystemExit(f'{cfg.run}: not a run trained with RoPE, so there is none to drop')
+    if columns(parent)['positions'] != 'rope':
+        raise SystemExit(f'{cfg.run}: not a run trained with RoPE alone, so there is none to drop')
     data_dir = cfg.recal_data_dir or parent['data_dir']
     data = shards.read(data_folder(data_dir, parent['seed'])) if cfg.recal_data_dir else read_data(parent, cfg.run)
     steps, scale = schedules(cfg, parent['max_iters'])[length]

@@ -311,16 +311,23 @@ def number(values, form):
     return f'{mean:{form}} ± {mean - low:{form.lstrip("+")}}'
 
 def chance(rows, key):
-    """What a measure is without structure, mean over the trained runs."""
+    """What a measure is without structure, mean over rows."""
     path = MEASURES[key].chance
-    levels = [part(row, path) if path else 0 for row in pick(rows, recal_steps=None) or rows]
+    levels = [part(row, path) if path else 0 for row in rows]
     return runs.show(None if None in levels else np.mean(levels), MEASURES[key].format)
+
+def chance_lines(rows, columns):
+    """A line of the table; one for each kind of positions where these differ in it, as with a window."""
+    levels = {}
+    for positions, trained in grouped(pick(rows, recal_steps=None) or rows, 'positions').items():
+        levels.setdefault(tuple(chance(trained, key) for key in columns), positions)
+    return [['chance' + f', {positions}' * (len(levels) > 1), *cells, ''] for cells, positions in levels.items()]
 
 def rows_table(rows, columns, form=''):
     """A column for each of {key: heading}, a line for each condition and length of which something is known."""
     rows = [row | {'label': row['condition'] + f', {row["recal_steps"]} steps' * (not row['main'])}
             for row in rows]
-    lines = [] if form else [['chance', *(chance(rows, key) for key in columns), '']]
+    lines = [] if form else chance_lines(rows, columns)
     for name, group in grouped(rows, 'label').items():
         cells = [number([value(row, key) for row in group], form or MEASURES[key].format) for key in columns]
         if not form or set(cells) != {'—'}:                 # all measures may be stale

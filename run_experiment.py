@@ -123,7 +123,8 @@ def arm_runs(cfg, arm, seed):
     c = train.resolve(train_stage(cfg, arm, seed), own)
     folder = runs.run_folder(cfg.out_dir, c)
     found = [Run(folder, c, None)]
-    lengths = drope.schedules(cfg, c['max_iters']) if c['rope'] else {}
+    is_rope = runs.columns(c)['positions'] == 'rope'        # other kinds are not dropped: their names would be RoPE's
+    lengths = drope.schedules(cfg, c['max_iters']) if is_rope else {}
     for (length, (steps, scale)), keep in product(lengths.items(), (False, True)):
         if keep and not length:
             continue                                        # kept and trained no further is the parent
@@ -292,8 +293,11 @@ def check(cfg):
         if key in cfg.overrides:
             raise SystemExit(f'run_experiment.py: {key} = {cfg.overrides[key]!r} is not for an experiment, which '
                              f'takes arms and seeds (now {cfg.arms} and {cfg.seeds})')
+    if basename(cfg.data_script) != cfg.data_script:
+        raise SystemExit(f'data_script = {cfg.data_script}: not a folder, the name of a script beside this one')
     if cfg.data_script and 'data_dir' not in block(cfg.data_script):
-        raise SystemExit(f'data_script = {cfg.data_script}: makes no data; a script with main and parameters')
+        raise SystemExit(f'data_script = {cfg.data_script}: makes no data; it has main, parameters and, in its block, '
+                         'a data_dir')
     tested = [key for key, m in report.MEASURES.items() if m.role]
     if len(cfg.primary) != 3 or cfg.primary[0] not in tested:
         raise SystemExit(f'primary = {cfg.primary}: a measure ({", ".join(tested)}), an order and its positions')

@@ -246,6 +246,9 @@ def test_report_with_one_seed_and_with_several():
     first = ['5.1000 ± 0.0000', '50.0% ± 0.0%', '1.00 ± 0.00', '50.0% ± 0.0%', '+0.000 ± 0.000', '+0.300 ± 0.000', '2']
     assert cells(text, 'mha_topic_ordered_drope') == first
     assert cells(text, 'chance') == ['5.5000', '30.0%', '—', '20.0%', '+0.000', '—', '']
+    two = '\n'.join(report.rows_table([row('shuffled', 'rope'), row('shuffled', 'near') | {'uniform': {'within': 0.6}}],
+                                      {'within': 'Within'}))
+    assert (cells(two, 'chance, rope'), cells(two, 'chance, near')) == (['30.0%', ''], ['60.0%', ''])
     differences = 'mha_topic_ordered - mha_shuffled, drope'
     assert cells(text, differences)[0] == '+0.0000 ± 0.0000' and 'p 1, p_adjusted 1' in cells(text, differences, 1)[0]
     assert 'figures/loss.png' in text and 'P, topic_ordered - base, drope' in text and '## Circuits' not in text

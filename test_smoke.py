@@ -311,6 +311,13 @@ def test_blocks():
     assert (at.n_topics, at.vocab_size, at.max_segments, at.seed) == (wiki['n_topics'][0], 999, 1, 0)
     assert at.data_dir == 'data/wiki_pure' and at.work_dir == 'data/wiki_work'
 
+def test_other_positions_are_not_dropped(monkeypatch):
+    """Beside RoPE: what became of them would have the names of RoPE's."""
+    monkeypatch.setitem(runs.POSITIONS, 'far', {'rope': True, 'rope_theta': 1e9})
+    cfg = configure('run_experiment.py', [], stages=SCRIPTS)
+    rope, far = (run_experiment.arm_runs(cfg, f'mha_shuffled{end}', 0) for end in ('', '_far'))
+    assert len(rope) == 3 and [run.folder for run in far] == ['out/single/mha_shuffled_far/seed0']
+
 # -----------------------------------------------------------------------------
 # bad input: one line that names the culprit, a non-zero exit, nothing lost
 
@@ -344,6 +351,7 @@ def test_blocks():
     ('run_experiment.py --base=shufled', ('shufled', 'shuffled')),
     ('run_experiment.py --data_script=nothing.py', ('nothing.py',)),
     ('run_experiment.py --data_script=report.py', ('report.py', 'makes no data')),
+    ('run_experiment.py --data_script=a/report.py', ('a/report.py', 'beside this one')),
     ('data_synth.py --chain=bigram', ("chain = 'bigram': choose range or group",)),
     ('data_synth.py --chain=group --n_groups=7 --vocab_size=64', ('n_groups = 7 does not cut vocab_size = 64',)),
     ('data_synth.py --n_topics=40 --vocab_size=64', ('need 83',)),
