@@ -271,7 +271,7 @@ def compare_states(run, other, device=''):
     cka = measures.cka(X.flatten(0, 1), Y.flatten(0, 1))    # of [rows * T, n_embd]
     row['cka'][theirs['condition']] = cka
     with runs.locked(run):
-        runs.write_json(path, row)
+        runs.write_row(run, row)
 
 # -----------------------------------------------------------------------------
 # probes
@@ -356,7 +356,7 @@ def analyse(cfg):
     runs.write_json(f'{cfg.run}/example.json', shown)
     references = NO_REFERENCES | data.meta.get('references', {})
     seconds = {'train': records[-1]['seconds'], 'analysis': time.time() - clock}
-    measured = attention | {
+    row = runs.write_row(cfg.run, runs.columns(c) | attention | {
         'main': runs.is_main(cfg.run),
         'measures_version': measures.VERSION,
         **outcome(records[-1]['val_loss'], references),
@@ -369,9 +369,8 @@ def analyse(cfg):
         'curve': runs.curve(records),
         'settings': {key: getattr(cfg, key) for key in SETTINGS},
         **versions(device),
-        'seconds': seconds}
-    row = runs.columns(c) | runs.plain(measured, 9) | {'config': c}            # more digits are rounding's
-    runs.write_json(f'{cfg.run}/row.json', row)
+        'seconds': seconds,
+        'config': c})
     middle = c['n_layer'] // 2
     print(f'{cfg.run}: val loss {row["val_loss"]:.4f}, P {runs.show(row["mean"]["score_p"], ".3f")}, '
           f'probe[{middle}] {row["probe"]["accuracy"][middle]:.3f}, {seconds["analysis"]:.0f} s')

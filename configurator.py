@@ -183,7 +183,7 @@ class Patient:
     nor where it is closed or cannot show a character."""
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, 'w')
-        with suppress(AttributeError):           # a notebook's shows every character
+        with suppress(AttributeError):                      # a notebook's shows every character
             self.stream.reconfigure(errors='replace')
 
     def __getattr__(self, name):

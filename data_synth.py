@@ -11,7 +11,6 @@ training rows there are or how they are cut. The same seed gives the same tokens
 uniforms and sums the tables, the device only searches them.
 Run 1 (110K rows of 513, filter and references included): 56 s of one CPU core and 1.8 GiB.
 """
-import functools
 import math
 from os.path import exists
 
@@ -199,7 +198,6 @@ def spread_chance(chain, tokens, segments):
     return stats.dirichlet_multinomial.pmf(tokens, np.maximum(segments, 1e-307), total)
 
 
-@functools.cache
 def hazard_table(chain, length, low, high, shortest):
     """
     H fp64 [length, length]: H[s, t] = P(token t begins a new segment | the last one began at s), by the prior of
@@ -262,10 +260,10 @@ def bayes_filter(lik, hazard, repeats):
     return torch.stack(expected), torch.stack(posterior)
 
 
-def filtered(cfg, lik):
-    """bayes_filter of validation rows, whose segments all datasets draw alike."""
+def val_hazard(cfg, device):
+    """hazard_table of validation rows, whose segments all datasets draw alike, on the device."""
     hazard = hazard_table(cfg.chain, cfg.block_size + 1, *VAL_SEGMENTS, cfg.min_segment_len)
-    return bayes_filter(lik, torch.from_numpy(hazard).to(lik.device), cfg.repeats)
+    return torch.from_numpy(hazard).to(device)
 
 
 def topic_given_token(tables):
@@ -292,13 +290,14 @@ def observe(cfg, tokens, topics, tables):
     """
     device = tables[0].device
     prior = topic_given_token(tables)
+    hazard = val_hazard(cfg, device)
     posteriors = []
     losses = []
     for start in range(0, len(tokens), 256):                # rows whose state fits a cache
         x, z = (torch.from_numpy(a[start:start + 256].astype(int)).to(device) for a in (tokens, topics))
         lik = likelihood(x, tables)                         # [S-1, B, T]
         bigram = (lik * prior[x[:, :-1].T]).sum(2)          # [S-1, B]
-        expected, posterior = filtered(cfg, lik)
+        expected, posterior = bayes_filter(lik, hazard, cfg.repeats)
         oracle = lik.gather(2, z.T[1:, :, None]).squeeze(2)
         p = torch.stack([bigram, expected, oracle], 2)
         losses.append(-p.log().mean(0).cpu())

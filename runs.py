@@ -308,6 +308,12 @@ def read_row(folder):
         raise SystemExit(f'{folder}/row.json: not a row of ours; delete it and run analyze.py again')
     return OLDER | row
 
+def write_row(folder, row):
+    """Leave the row of a run, and return it: nine significant digits of what was measured, more are rounding's."""
+    row = plain(row, 9) | {'config': row['config']}
+    write_json(f'{folder}/row.json', row)
+    return row
+
 def key(row):
     """What finds a row in its experiment, and sorts them as tables show them: shuffled first, RoPE before DroPE."""
     return (row['attention'] != 'mha', row['pure'], row['repeat'],
@@ -400,11 +406,14 @@ def publish_file(out_dir, place, name):
     """Copy a file of an experiment to the folder `place`, atomically; runs.jsonl deflated where it is large."""
     content = Path(f'{out_dir}/{name}').read_bytes()
     path = f'{place}/{name}'
-    large = name == 'runs.jsonl' and len(content) > 1e6
-    if large:
+    if name != 'runs.jsonl':
+        return write_bytes(path, content)
+    other = path + '.gz'
+    if len(content) > 1e6:
         content = gzip.compress(content, mtime=0)
-    write_bytes(path + '.gz' * large, content)
-    Path(path + '.gz' * (not large)).unlink(missing_ok=True)                # of a time when it was smaller, or larger
+        path, other = other, path
+    write_bytes(path, content)
+    Path(other).unlink(missing_ok=True)                     # of a time when it was smaller, or larger
 
 def publish(out_dir, place):
     """Copy report, figures and what they are made from to the folder `place`; what else is there stays."""

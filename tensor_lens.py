@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 import measures
-from runs import plain
 
 # -----------------------------------------------------------------------------
 # the frozen model, on parts [B, T, P, n_embd] of the embeddings, as many as there are
@@ -133,12 +132,13 @@ def own_topic_shares(model, tokens, topics, n_topics, draws, seed):
     generator = torch.Generator().manual_seed(seed)
     labels, exchanged = measures.exchanged(topics, draws, generator)
     labels = torch.cat([topics[None], labels])              # [1 + draws, n, T]
-    sums = torch.zeros(len(model.model.layers) + 3, 3, 1 + draws).double()
+    depths = len(model.model.layers) + 3
+    sums = torch.zeros(depths, 3, 1 + draws).double()
     for row in exchanged.nonzero()[:, 0]:                   # one at a time: its parts are many
         found = row_sums(model, tokens[row], labels[:, row].T, n_topics)
         sums += found.cpu()
     whole, topic, token = sums.unbind(1)
     least = 0.01 * whole[0]                                 # whole[0]: the positions that count
-    return plain({
+    return {
         'projection': with_chance(topic, whole, least),
-        'projection_others': with_chance(topic - token, whole - token, least)})
+        'projection_others': with_chance(topic - token, whole - token, least)}

@@ -114,7 +114,7 @@ def test_shares_equal_brute_force():
     model, idx, _ = case(T=11)
     z = torch.tensor([[0] * 4 + [1] * 3 + [0] * 4, [2] * 2 + [1] * 5 + [0] * 4, [1] * 5 + [0] * 6])
     idx, z = torch.cat([idx, idx.flip(1)]), torch.cat([z, z.flip(1)])[:, :10]
-    found = own_topic_shares(model, idx, z, 3, draws=3, seed=7)
+    found = runs.plain(own_topic_shares(model, idx, z, 3, draws=3, seed=7))
     draws, rows = measures.exchanged(z, 3, torch.Generator().manual_seed(7))
     value, *chance = (brute_force(model, idx, labels) for labels in (z, *draws))
     for name in NAMES:
@@ -131,7 +131,7 @@ def test_too_little_to_share_is_null(share, monkeypatch):
     model, idx, z = case()
     sums = torch.tensor([1, 0.5, 1 - share]).view(3, 1).expand(6, 3, 3)        # whole, own topic, own token
     monkeypatch.setattr(tensor_lens, 'row_sums', lambda *_: sums)
-    lens = own_topic_shares(model, idx, z, 3, draws=2, seed=0)
+    lens = runs.plain(own_topic_shares(model, idx, z, 3, draws=2, seed=0))
     assert (lens['projection_others']['value'][1] is None) == (share < 0.01)
     assert lens['projection']['value'] == pytest.approx([0.5] * 6)
 
@@ -147,7 +147,7 @@ def test_script(tmp_path):
     lens = runs.read_row(at)['lens']
     model, idx = load(at).double(), torch.from_numpy(tokens[:16])
     assert model.model.layers[0].mlp.up_proj.weight.std() > 0.1                # it has trained, 0.02 at init
-    found = own_topic_shares(model, idx, torch.from_numpy(z[:16, :-1]), 4, 5, seed=0)
+    found = runs.plain(own_topic_shares(model, idx, torch.from_numpy(z[:16, :-1]), 4, 5, seed=0))
     for name, levels in found.items():
         for key, values in levels.items():
             assert np.array(lens[name][key], float) == pytest.approx(np.array(values, float), abs=1e-3, nan_ok=True)
