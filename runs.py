@@ -8,9 +8,9 @@ is done when a row with its settings is there. runs.jsonl of an experiment holds
 settings in which it differs.
 """
 import glob
-import gzip
 import io
 import json
+import lzma
 import os
 import re
 import shutil
@@ -323,19 +323,18 @@ def key(row):
 
 def read_rows(folder):
     """
-    (header, rows) of an experiment folder: from its runs.jsonl, or runs.jsonl.gz where that is published, with
+    (header, rows) of an experiment folder: from its runs.jsonl.xz, which is published, or its runs.jsonl, with
     the whole config in every row. (None, []) where there is no such file.
     """
-    path = f'{folder}/runs.jsonl'
-    opener = open
+    path, opener = f'{folder}/runs.jsonl.xz', lzma.open
     if not exists(path):
-        path, opener = path + '.gz', gzip.open
+        path, opener = f'{folder}/runs.jsonl', open
     try:
         with opener(path, 'rt', encoding='utf-8') as f:
             header, *rows = map(json.loads, f)
     except FileNotFoundError:
         return None, []
-    except (OSError, ValueError, EOFError) as e:
+    except (OSError, ValueError, EOFError, lzma.LZMAError) as e:
         raise SystemExit(f'{path}: cannot be read as lines of JSON ({e}); delete it, the experiment writes '
                          'it again') from None
     rows = [OLDER | row | {'config': header['config'] | row['config']} for row in rows]
@@ -403,17 +402,11 @@ def open_rows(folder):
 # results/
 
 def publish_file(out_dir, place, name):
-    """Copy a file of an experiment to the folder `place`, atomically; runs.jsonl deflated where it is large."""
+    """Copy a file of an experiment to the folder `place`, atomically; runs.jsonl becomes a quarter as runs.jsonl.xz."""
     content = Path(f'{out_dir}/{name}').read_bytes()
-    path = f'{place}/{name}'
-    if name != 'runs.jsonl':
-        return write_bytes(path, content)
-    other = path + '.gz'
-    if len(content) > 1e6:
-        content = gzip.compress(content, mtime=0)
-        path, other = other, path
-    write_bytes(path, content)
-    Path(other).unlink(missing_ok=True)                     # of a time when it was smaller, or larger
+    if name == 'runs.jsonl':
+        name, content = 'runs.jsonl.xz', lzma.compress(content)
+    write_bytes(f'{place}/{name}', content)
 
 def publish(out_dir, place):
     """Copy report, figures and what they are made from to the folder `place`; what else is there stays."""

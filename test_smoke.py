@@ -138,7 +138,7 @@ def test_another_dataset_in_its_place(workspace, script, tmp_path):
 def test_published_figures_can_be_drawn_again(workspace, tmp_path):
     """Report and figures come from the published rows alone, and are the same to the byte."""
     results = f'{workspace[0]}/results/tiny'
-    assert set(os.listdir(results)) == {'runs.jsonl', 'summary.md', 'examples.json', 'figures'}
+    assert set(os.listdir(results)) == {'runs.jsonl.xz', 'summary.md', 'examples.json', 'figures'}
     copy = shutil.copytree(results, tmp_path / 'tiny', ignore=shutil.ignore_patterns('figures'))
     for script in ('plot.py', 'report.py'):
         succeeds(run(script, str(copy)))
@@ -248,8 +248,8 @@ def test_a_new_key_does_not_void_old_runs():
     assert runs.differences(old | {'data_seed': 1}, old | {'data_seed': 0}) == ['data_seed']
 
 def test_rows_on_disk(tmp_path):
-    """runs.jsonl holds what rows share once, and gives every row its whole config back; published, it is gzipped where
-    it is large, and never there as both."""
+    """runs.jsonl holds what rows share once, and gives every row its whole config back, also where it is published; one
+    that is cut off is refused."""
     made = []
     for seed, steps in ((0, 9), (1, 9), (0, 5)):
         columns = runs.OLDER | {'condition': 'mha_shuffled_rope', 'attention': 'mha', 'order': 'shuffled', 'cycles': 1,
@@ -264,11 +264,12 @@ def test_rows_on_disk(tmp_path):
     assert runs.read_rows(f'{tmp_path}/a')[1] == rows
     shutil.rmtree(tmp_path / 'a' / '2')
     assert len(runs.gather(f'{tmp_path}/a')[1]) == 2 and runs.read_rows(str(tmp_path)) == (None, [])
-    header, large = json.dumps({'config': {}}) + '\n', json.dumps({'config': {}, 'text': 'x' * 1000}) + '\n'
-    for n in (1, 2000, 1):
-        runs.write_text(f'{tmp_path}/b/runs.jsonl', header + n * large)
-        runs.publish_file(f'{tmp_path}/b', f'{tmp_path}/c', 'runs.jsonl')
-        assert len(os.listdir(tmp_path / 'c')) == 1 and len(runs.read_rows(f'{tmp_path}/c')[1]) == n
+    _, rows = runs.gather(f'{tmp_path}/a', place=f'{tmp_path}/c')
+    assert os.listdir(tmp_path / 'c') == ['runs.jsonl.xz'] and runs.read_rows(f'{tmp_path}/c')[1] == rows
+    for size in (200, 20):
+        os.truncate(tmp_path / 'c' / 'runs.jsonl.xz', size)
+        with pytest.raises(SystemExit, match='runs.jsonl.xz: cannot be read'):
+            runs.read_rows(f'{tmp_path}/c')
 
 def test_orderedness_and_curve():
     bins = lambda *counts: [{'topics': list(c)} for c in counts]

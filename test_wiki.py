@@ -351,7 +351,7 @@ def test_experiment(experiment):
     assert len(glob.glob(f'{experiment}/out/wiki_small/figures/*.png')) >= 6
     # nothing is published from which a row could be read: no words and no tokens in running order
     place = f'{experiment}/results/wiki_small'
-    assert {'clusters.json', 'topics.md', 'runs.jsonl', 'summary.md'} <= set(os.listdir(place))
+    assert {'clusters.json', 'topics.md', 'runs.jsonl.xz', 'summary.md'} <= set(os.listdir(place))
     tokenizer = Tokenizer.from_file(f'{experiment}/data/wiki_small/tokenizer.json')
     ids = shards.read(f'{experiment}/data/wiki_small').val[0, :12].tolist()
     texts = [''.join(open(path, encoding='utf-8').read().split()) for path in glob.glob(f'{place}/*.*')]
