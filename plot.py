@@ -86,7 +86,8 @@ def explain(fig, exp, docstring):
         handles, labels = ax.get_legend_handles_labels()
         found.update(zip(labels, handles))
     if found:
-        fig.legend(found.values(), found, loc='outside right upper')
+        names = sorted(found, key=lambda name: '_' not in name)             # arms, then references
+        fig.legend([found[name] for name in names], names, loc='outside right upper')
 
 # -----------------------------------------------------------------------------
 # 1: losses
