@@ -136,13 +136,17 @@ def max_t(d):
         p[measure] = max(p.max(), (top >= T[0, measure] * (1 - 1e-9)).mean())
     return p
 
-# what 80% of samples of n seeds show at 5%, in SDs: bisection, 200,000 normal samples each; beyond: 1% off at 11 to 16
+# what sign flips find at 5% in 80% of samples of n seeds, in SDs: bisection, 200,000 normal samples each
 SMALLEST = {6: 1.79, 7: 1.33, 8: 1.19, 9: 1.09, 10: 1.00}
 
-def smallest_effect(d):
-    """What sign flips find in 80% of samples of this size and spread; None below 6 seeds, where no p is that small."""
+def smallest_effect(d, names=2):
+    """What sign flips, or exchanges of three names, find in 80% of samples of this size and spread; None below 6 seeds,
+    where flips give no p that small. The roots are 2% off at most."""
     n = len(d)
-    return SMALLEST.get(n, 2.8 / (n - 2) ** 0.5) * np.std(d, ddof=1) if n > 5 else None
+    if n < 6:
+        return None
+    found = 2.8 / (n - 1) ** 0.5 if names == 3 else SMALLEST.get(n, 2.8 / (n - 2) ** 0.5)
+    return found * np.std(d, ddof=1)
 
 # -----------------------------------------------------------------------------
 # what is compared with what
@@ -232,7 +236,7 @@ def compared(rows, contrast, where, measure, numbers=numbers):
         'high': high,
         'p': exchange_p(list(found.values())),
         'p_adjusted': None,
-        'smallest': smallest_effect(d)}
+        'smallest': smallest_effect(d, 3 if measure in PAIRS else 2)}
 
 def effects(header, rows):
     """Paired differences at the main length, `compared`, but unreliable profiles; kind: primary, tested, explored."""

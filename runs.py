@@ -5,7 +5,7 @@ A run is a folder, <out_dir>/<condition>/seed<k>/ (further recalibration lengths
 config.json (its resolved settings), log.jsonl, ckpt.pt and row.json, the one row that analyze.py leaves. A run
 is done when a row with its settings is there. runs.jsonl of an experiment holds all its rows: first a line
 {experiment, config, compare, device, versions} with the settings that all runs share, then a row a run with the
-settings in which it differs.
+settings in which it differs; it is published as runs.jsonl.xz.
 """
 import glob
 import io
@@ -323,20 +323,22 @@ def key(row):
 
 def read_rows(folder):
     """
-    (header, rows) of an experiment folder: from its runs.jsonl.xz, which is published, or its runs.jsonl, with
-    the whole config in every row. (None, []) where there is no such file.
+    (header, rows) of an experiment folder: from its runs.jsonl, or runs.jsonl.xz, which is published, with the
+    whole config in every row. (None, []) where there is no such file.
     """
-    path, opener = f'{folder}/runs.jsonl.xz', lzma.open
+    path, opener = f'{folder}/runs.jsonl', open
     if not exists(path):
-        path, opener = f'{folder}/runs.jsonl', open
+        path, opener = path + '.xz', lzma.open
     try:
         with opener(path, 'rt', encoding='utf-8') as f:
             header, *rows = map(json.loads, f)
     except FileNotFoundError:
+        if exists(f'{folder}/runs.jsonl.gz'):
+            raise SystemExit(f'{folder}/runs.jsonl.gz: of an older version; unpack it with gunzip') from None
         return None, []
     except (OSError, ValueError, EOFError, lzma.LZMAError) as e:
-        raise SystemExit(f'{path}: cannot be read as lines of JSON ({e}); delete it, the experiment writes '
-                         'it again') from None
+        raise SystemExit(f'{path}: cannot be read as lines of JSON ({e}); restore it, or delete it: the experiment '
+                         'writes it again, as far as its runs are there') from None
     rows = [OLDER | row | {'config': header['config'] | row['config']} for row in rows]
     return header, rows
 
@@ -404,9 +406,10 @@ def open_rows(folder):
 def publish_file(out_dir, place, name):
     """Copy a file of an experiment to the folder `place`, atomically; runs.jsonl becomes a quarter as runs.jsonl.xz."""
     content = Path(f'{out_dir}/{name}').read_bytes()
-    if name == 'runs.jsonl':
-        name, content = 'runs.jsonl.xz', lzma.compress(content)
-    write_bytes(f'{place}/{name}', content)
+    if name != 'runs.jsonl':
+        return write_bytes(f'{place}/{name}', content)
+    write_bytes(f'{place}/runs.jsonl.xz', lzma.compress(content))
+    Path(f'{place}/runs.jsonl').unlink(missing_ok=True)     # of an older version
 
 def publish(out_dir, place):
     """Copy report, figures and what they are made from to the folder `place`; what else is there stays."""

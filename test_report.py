@@ -69,6 +69,12 @@ def test_smallest_effect():
     d = np.random.default_rng(0).normal(0, 1, (1500, 8))
     found = [sign_flip_p(x + report.smallest_effect(x) / np.std(x, ddof=1)) <= 0.05 for x in d]
     assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+    found = []                                              # of how alike three arms are, one is another order
+    for x in np.random.default_rng(0).normal(0, 1, (1500, 6, 3)):
+        d = 1.5 * (x - x.mean(1, keepdims=True))            # each minus the mean of the others
+        effect = report.smallest_effect(d[:, 0], names=3) / np.std(d[:, 0], ddof=1) * 1.5 ** 0.5
+        found.append(exchange_p(d + effect * np.array([1, -0.5, -0.5])) <= 0.05)
+    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
 
 def test_fieller():
     """The ends are where the t-test of x - rho y, paired, turns; there are none where y may be 0."""

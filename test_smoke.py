@@ -264,6 +264,10 @@ def test_rows_on_disk(tmp_path):
     assert runs.read_rows(f'{tmp_path}/a')[1] == rows
     shutil.rmtree(tmp_path / 'a' / '2')
     assert len(runs.gather(f'{tmp_path}/a')[1]) == 2 and runs.read_rows(str(tmp_path)) == (None, [])
+    for name in ('c/runs.jsonl', 'd/runs.jsonl.gz'):        # of older versions
+        runs.write_text(f'{tmp_path}/{name}', '')
+    with pytest.raises(SystemExit, match='unpack it with gunzip'):
+        runs.read_rows(f'{tmp_path}/d')
     _, rows = runs.gather(f'{tmp_path}/a', place=f'{tmp_path}/c')
     assert os.listdir(tmp_path / 'c') == ['runs.jsonl.xz'] and runs.read_rows(f'{tmp_path}/c')[1] == rows
     for size in (200, 20):
