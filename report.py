@@ -373,11 +373,11 @@ may be chance, and has no interval (--seeds=0,1) and no p (below .05 only from 6
 SEVERAL = '±: half-width of the 95% t-interval over n seeds. Tests: below, in summary.md; n under 6 has no p below .05.'
 EFFECTS = """## Paired differences
 
-**Primary**, named beforehand: {primary}; after DroPE it has a p only if p <= .05 with RoPE kept. Base: mean of a seed's
-shuffled and reshuffled arms, or the one that is there. n: seeds. p: two-sided, by sign flips of seeds. ln(1 - CKA) and
-Profile of P (atanh r over heads, centred by layer; listed from a reliability of 0.8 on): how much less alike an arm is
-to the shuffles than they are to one another; p: by exchanging the three names. Exact up to 65,536 patterns, else drawn.
-p_adjusted: max-T over the tested family. smallest: what so many seeds find four times in five, at this spread."""
+**Primary**, named beforehand: {primary}; after DroPE it has a p only where p <= .05 with RoPE kept, profiles always.
+Base: mean of a seed's shuffled and reshuffled arms, or the one there is. n: seeds. p: two-sided, by sign flips of them.
+ln(1 - CKA) and Profile of P (atanh r over heads, centred by layer; from a reliability of 0.8 on): how much less alike
+an arm is to the shuffles than they are to one another; p: by exchanging the three names. Exact up to 65,536 patterns,
+else drawn. p_adjusted: max-T over the tested family. smallest: what is found four times in five, at n and spread."""
 COURSE = """## The course
 
 The primary measure with RoPE kept and dropped. Ratio: of the means, with Fieller's interval; a dash: unbounded."""
