@@ -2,7 +2,6 @@
 The optimizers: Muon for the matrices of the blocks, AdamW for the rest. Both work on stacks of parameters, not on one
 after another; nothing in them waits for the host, and Muon's work is shared by all processes.
 """
-import itertools
 import math
 from types import SimpleNamespace
 
@@ -84,9 +83,12 @@ class Muon:
 
     def gather(self, *names):
         """Give these stacks, of which each process has its share, to all of them."""
-        for stack, name in itertools.product(self.stacks if self.world > 1 else (), names):
-            whole = getattr(stack, name)
-            dist.all_gather_into_tensor(whole, whole[stack.mine])
+        if self.world == 1:
+            return
+        for stack in self.stacks:
+            for name in names:
+                whole = getattr(stack, name)
+                dist.all_gather_into_tensor(whole, whole[stack.mine])
 
 class AdamW:
     """torch.optim.AdamW of its parameters as one fp32 vector, of which they become views. The class itself would import
