@@ -95,9 +95,9 @@ class AdamW:
     the compiler, which takes seconds."""
     def __init__(self, params, lr, weight_decay):
         self.params = params
-        self.sizes = [p.numel() for p in params]
+        sizes = [p.numel() for p in params]
         self.weights = torch.cat([p.detach().flatten() for p in params])
-        for p, part in zip(params, self.weights.split(self.sizes)):
+        for p, part in zip(params, self.weights.split(sizes)):
             p.data = part.view_as(p)
         self.lr = torch.tensor(lr, device=self.weights.device)               # on the device: a graph reads it there
         self.weight_decay = weight_decay
