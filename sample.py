@@ -43,7 +43,7 @@ def continuation(model, ids, n_tokens, temperature, top_k, generator):
     return ids
 
 def main(cfg):
-    """Prints the continuations; returns them."""
+    """Prints the continuations."""
     _, model, data, _ = open_finished(cfg.run, cfg.device)
     path = f'{data.folder}/tokenizer.json'
     if not exists(path):
@@ -54,12 +54,9 @@ def main(cfg):
     if not ids:
         raise SystemExit('prompt is empty; give a few words with --prompt="..."')
     generator = torch.Generator().manual_seed(cfg.seed)
-    texts = []
     for i in range(cfg.n_samples):
         tokens = continuation(model, ids, cfg.n_tokens, cfg.temperature, cfg.top_k, generator)
-        texts.append(tokenizer.decode(tokens))
-        print(f'--- {i + 1}\n{texts[-1]}\n')
-    return texts
+        print(f'--- {i + 1}\n{tokenizer.decode(tokens)}\n')
 
 if __name__ == '__main__':
     command(main, __file__)
