@@ -255,7 +255,7 @@ def bigram_references(rows, meta, keys):
         found[name] = {'score_p': p, 'score_o': o}
     return found
 
-def compare_states(run, other, device=''):
+def compare_states(run, other, device):
     """CKA of the middle layer's states in two run folders, into the row of the first; nothing where one has none, or
     where they are no newer than that."""
     path = f'{run}/row.json'

@@ -190,7 +190,7 @@ def autocast(device, dtype):
 # -----------------------------------------------------------------------------
 # the training loop, for train.py and drope.py alike
 
-def micro_batch(c, world=1):
+def micro_batch(c, world):
     """Rows of a micro-batch of one process."""
     rows, rest = divmod(c['batch_size'], c['grad_accum'] * world)
     if rest or not rows:
@@ -348,7 +348,7 @@ def read_data(wanted, who):
                              f'{value!r}); make that dataset again, or choose another data_dir or run')
     return data
 
-def open_finished(run, device=''):
+def open_finished(run, device):
     """A finished run folder, for whatever looks into its model: (config, model in eval mode, dataset, device)."""
     c = read_config(run)
     device, _, _ = machine(device)
@@ -368,7 +368,6 @@ def main(cfg):
     with memory_errors(RAISE_GRAD_ACCUM.format(**c)), locked(folder, processes()[0]):
         model = build(c, torch.Generator().manual_seed(c['seed'])).to(where[0])
         fit(model, c, data, folder, where)
-    return folder
 
 if __name__ == '__main__':
     command(main, __file__)
