@@ -67,11 +67,6 @@ def plain_step(model, c, corpus, batches, dtype):
 
     return step
 
-def step_flops(c, n_parameters):
-    """Floating-point operations of the products of a step, forward and backward."""
-    attention = c['n_layer'] * c['n_head'] * c['head_dim'] * c['block_size']
-    return c['batch_size'] * c['block_size'] * 6 * (n_parameters + attention)
-
 def timed(step, n, device):
     """(milliseconds of n calls of `step` after a warm-up, each waited for, sorted; of the very first)."""
     times = []
@@ -140,8 +135,11 @@ def compare(c, n, device, dtype, compile):
     rate = matmul_rate(device, dtype)
     model = build(c, torch.Generator().manual_seed(0)).to(device)
     plain, _ = timed(plain_step(model, c, *random_rows(c, device), dtype), n, device)
+    # operations of the products of a step, forward and backward
+    attention = c['n_layer'] * c['n_head'] * c['head_dim'] * c['block_size']
+    flops = c['batch_size'] * c['block_size'] * 6 * (row['parameters'] + attention)
     return row | {
-        'mfu': step_flops(c, row['parameters']) / row['ms_per_step'] / 1e9 / rate,
+        'mfu': flops / row['ms_per_step'] / 1e9 / rate,
         'matmul_tflops': rate,
         'reference_ms': plain[n // 2],
         'ratio': plain[n // 2] / row['ms_per_step']}
