@@ -72,9 +72,9 @@ def first_rows(data, n, device):
 
 def validation_rows(cfg, c, data, device):
     """
-    The rows that are looked at, in equal groups: tokens and topics [n, T]; train and test, bool [n, T]: the tokens of
-    the probes, of different rows; batches: row numbers, as many of each group and as many as memory takes the patterns
-    of.
+    The rows that are looked at, in equal groups: tokens and topics [n, T]; masks, bool [2, n, T]: the tokens that
+    train the probes, and those of other rows that test them; batches: row numbers, as many of each group and as many
+    as memory takes the patterns of.
     """
     T = c['block_size']
     n = min(cfg.analysis_rows, len(data.val)) // GROUPS * GROUPS
@@ -83,14 +83,12 @@ def validation_rows(cfg, c, data, device):
     tokens, topics = first_rows(data, n, device)
     generator = torch.Generator().manual_seed(c['seed'])
     masks = measures.probe_tokens(n, T, cfg.probe_tokens, generator)
-    train, test = masks.to(device)
     memory = 4 << 30 if device.type == 'cuda' else 256 << 20
     size = GROUPS * max(1, memory // (GROUPS * c['n_head'] * T * T * 40))      # patterns in fp64, several copies
     return SimpleNamespace(
         tokens=tokens[:, :-1],
         topics=topics,
-        train=train,
-        test=test,
+        masks=masks.to(device),
         batches=torch.arange(n).split(size))
 
 def pass_over(model, rows, allowed=None, causal=True):
@@ -105,7 +103,7 @@ def pass_over(model, rows, allowed=None, causal=True):
     middle = []
     for b in progress(rows.batches, desc='analyse', leave=False):
         for depth, (hidden, pattern) in enumerate(model.trace(rows.tokens[b], causal)):
-            states[depth].append((hidden[rows.train[b]], hidden[rows.test[b]]))
+            states[depth].append([hidden[mask] for mask in rows.masks[:, b]])
             if depth == n_layer // 2:
                 middle.append(hidden.half().cpu())
             if allowed and depth:
@@ -278,7 +276,7 @@ def compare_states(run, other, device):
 
 def split(rows, x):
     """x [n, T, ...] at the probes' tokens: those to train on, those to test on."""
-    return x[rows.train], x[rows.test]
+    return [x[mask] for mask in rows.masks]
 
 def named_rightly(states, labels):
     """Which test tokens a probe at each depth names rightly, bool [depths, n]; labels: [train, test]."""
@@ -305,12 +303,13 @@ def probe_table(c, rows, states, untrained, embedded, posterior):
         'majority': measures.majority(*topics),
         'token': measures.token_identity(*tokens, *topics, c['vocab_size'], c['n_topics'])}
 
-    distance = measures.distance_from_boundary(rows.topics)[rows.test].cpu()
+    _, test = rows.masks.cpu()
+    distance = measures.distance_from_boundary(rows.topics).cpu()[test]
     by_distance = {
         'distance': measures.BINS,
         'accuracy': measures.by_distance(right[-1], distance)}
     if posterior is not None:
-        belief = posterior[:len(rows.test), :-1][rows.test.cpu()]
+        belief = posterior[:len(test), :-1][test]
         best = belief.argmax(-1) == topics[1].cpu().numpy()
         references['ceiling'] = best.mean()
         by_distance['ceiling'] = measures.by_distance(best, distance)
