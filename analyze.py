@@ -340,7 +340,7 @@ def analyse(cfg):
     allowed = [model.allowed(layer, c['block_size']) for layer in range(c['n_layer'])]
     states, sums, kept = pass_over(model, rows, allowed)
     runs.write_array(f'{cfg.run}/states.npy', kept[:STATE_ROWS])
-    fresh = build(c, torch.Generator().manual_seed(c['seed'])).to(device)
+    fresh = build(c).to(device)
     untrained, *_ = pass_over(fresh, rows)
     attention = attention_columns(model, fresh, sums, cfg.null_draws, c['seed'])
 

@@ -111,7 +111,7 @@ def measure(c, n, device, dtype, compile):
     """The step of train.py, on as many GPUs as there are processes: a dictionary. The first step includes the import
     of the compiler."""
     corpus, batches = random_rows(c, device)
-    model = build(c, torch.Generator().manual_seed(0)).to(device)
+    model = build(c).to(device)
     clock = time.perf_counter()
     loss_of = compiled(model) if compile else model
     muon, adamw = optimizers(model, c, dtype, compile)
@@ -133,7 +133,7 @@ def compare(c, n, device, dtype, compile):
     """The same beside plain PyTorch, and as a share of what the device can do."""
     row = measure(c, n, device, dtype, compile)
     rate = matmul_rate(device, dtype)
-    model = build(c, torch.Generator().manual_seed(0)).to(device)
+    model = build(c).to(device)
     plain, _ = timed(plain_step(model, c, *random_rows(c, device), dtype), n, device)
     # operations of the products of a step, forward and backward
     attention = c['n_layer'] * c['n_head'] * c['head_dim'] * c['block_size']

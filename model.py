@@ -216,7 +216,9 @@ class Qwen3(nn.Module):
 # checkpoints
 
 def build(config, generator=None):
-    """The model that a run's config.json (a dict) describes, freshly initialised; Qwen3's arguments are its keys."""
+    """The model that a run's config.json (a dict) describes, freshly initialised, from its seed if no generator is
+    given; Qwen3's arguments are its keys."""
+    generator = generator or torch.Generator().manual_seed(config['seed'])
     names = inspect.signature(Qwen3).parameters
     return Qwen3(**{key: value for key, value in config.items() if key in names}, generator=generator)
 

@@ -366,7 +366,7 @@ def main(cfg):
     c = resolve(cfg, data.meta)
     folder = cfg.run or run_folder(cfg.out_dir, c)
     with memory_errors(RAISE_GRAD_ACCUM.format(**c)), locked(folder, processes()[0]):
-        model = build(c, torch.Generator().manual_seed(c['seed'])).to(where[0])
+        model = build(c).to(where[0])
         fit(model, c, data, folder, where)
 
 if __name__ == '__main__':
