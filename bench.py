@@ -57,7 +57,7 @@ def plain_step(model, c, corpus, batches, dtype):
             total = total + loss.detach()
         if c['grad_clip']:
             torch.nn.utils.clip_grad_norm_(model.parameters(), c['grad_clip'])
-        scale = lr_scale(n, c['max_iters'], c['warmup_iters'])
+        scale = lr_scale(n, c)
         muon.param_groups[0]['lr'] = c['muon_lr'] * scale
         adamw.param_groups[0]['lr'] = c['adam_lr'] * scale
         muon.step()

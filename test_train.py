@@ -146,9 +146,10 @@ def test_topic_order_is_blocks():
 def test_dominant_topic_and_learning_rate():
     counts = count_topics(np.array([[0, 1, 1], [2, 2, 1], [0, 1, 2]]), 3)
     assert counts.tolist() == [[1, 2, 0], [0, 1, 2], [1, 1, 1]] and counts.argmax(1).tolist() == [1, 2, 0]
-    lr = [lr_scale(s, 1000, 500) for s in range(1000)]
+    short, long = ({'max_iters': n, 'warmup_iters': 500} for n in (1000, 10_000))
+    lr = [lr_scale(s, short) for s in range(1000)]
     assert lr[0] == 1 / 50 and lr[49] == 1 and max(lr) == 1 and 0 < lr[-1] < 1e-5     # warm-up is at most a twentieth
-    assert lr_scale(499, 10_000, 500) == 1 and lr_scale(5250, 10_000, 500) == pytest.approx(0.5)
+    assert lr_scale(499, long) == 1 and lr_scale(5250, long) == pytest.approx(0.5)
 
 # -----------------------------------------------------------------------------
 # resume

@@ -110,9 +110,10 @@ def count_topics(topics, n_topics):
 # -----------------------------------------------------------------------------
 # the step
 
-def lr_scale(step, max_iters, warmup_iters):
+def lr_scale(step, c):
     """Linear warm-up over min(warmup_iters, max_iters // 20) steps, then cosine to zero at max_iters."""
-    warmup = min(warmup_iters, max_iters // 20)
+    max_iters = c['max_iters']
+    warmup = min(c['warmup_iters'], max_iters // 20)
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (max_iters - warmup)))
@@ -131,7 +132,7 @@ def training_step(model, loss_of, muon, adamw, c, corpus, batches, start, dtype)
     `compiled` made of it. corpus: int32 [N, block_size + 1]. batches: its rows, [max_iters, grad_accum, micro]."""
     device = corpus.device
     _, world = processes()
-    scales = [lr_scale(s, c['max_iters'], c['warmup_iters']) for s in range(c['max_iters'])]
+    scales = [lr_scale(s, c) for s in range(c['max_iters'])]
     scales = torch.tensor(scales, device=device)            # [max_iters]
     now = torch.tensor([start], device=device)              # an index without dimensions would be read by the host
     loss_sum = torch.zeros((), device=device)
@@ -243,7 +244,7 @@ def log_line(folder, c, step, loss, val_loss, tok_s, counts, seconds):
     """Add a line to log.jsonl. counts: tokens of each topic in the rows read since the last line [rows, n_topics]."""
     record = {
         'step': step, 'loss': loss if step else None, 'val_loss': val_loss,
-        'lr': c['muon_lr'] * lr_scale(step - 1, c['max_iters'], c['warmup_iters']) if step else 0.0,
+        'lr': c['muon_lr'] * lr_scale(step - 1, c) if step else 0.0,
         'tok_s': round(tok_s), 'seconds': round(seconds, 2),
         'topics': np.bincount(counts.argmax(1), minlength=c['n_topics']).tolist(),
         'tokens': counts.sum(0).tolist()}
