@@ -224,8 +224,8 @@ def bigrams(meta, tokens):
     if meta.get('kind') == 'synthetic':
         P, _, row_of, *_ = data_synth.make_chains(SimpleNamespace(**meta), tokens.device)
         code = row_of[tokens]
-        prior = data_synth.topic_given_token((P, row_of))[tokens[:, :-1].T]    # [T, n, K]
-        joint = prior * data_synth.likelihood(tokens, (P, row_of))
+        prior = data_synth.topic_given_token(P, row_of)[tokens[:, :-1].T]      # [T, n, K]
+        joint = prior * data_synth.likelihood(tokens, P, row_of)
         belief = (joint / joint.sum(2, keepdim=True)).transpose(0, 1)
     return code[:, :-1] * meta['vocab_size'] + code[:, 1:], belief
 

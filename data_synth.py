@@ -219,9 +219,8 @@ def hazard_table(chain, length, low, high, shortest):
     return (joint / np.maximum(alive, 1e-300))[:, :length]
 
 
-def likelihood(tokens, tables):
-    """P_z(x_{t-1}, x_t), fp64 [S-1, B, T], for tokens int64 [B, S] and tables (fp32 [T, R, V], row_of int64 [V])."""
-    P, row_of = tables
+def likelihood(tokens, P, row_of):
+    """P_z(x_{t-1}, x_t), fp64 [S-1, B, T], for tokens int64 [B, S], tables P fp32 [T, R, V] and row_of int64 [V]."""
     found = P[:, row_of[tokens[:, :-1]], tokens[:, 1:]]     # [T, B, S-1]
     return found.permute(2, 1, 0).double().contiguous()
 
@@ -266,12 +265,12 @@ def val_hazard(cfg, device):
     return torch.from_numpy(hazard).to(device)
 
 
-def topic_given_token(tables):
+def topic_given_token(P, row_of):
     """
     P(z | x) by the stationary token frequencies of each chain, fp64 [V, T]: all that a topic-blind bigram knows of the
     topic. Exact by power iteration; counts in rows differ only by their noise and the tokens right after a boundary.
+    P, row_of: as in likelihood.
     """
-    P, row_of = tables
     T, R, V = P.shape
     frequency = P.new_full((T, V), 1 / V)
     for _ in range(1000):
@@ -283,19 +282,19 @@ def topic_given_token(tables):
     return (frequency / frequency.sum(0).clamp(min=1e-30)).T.double()
 
 
-def observe(cfg, tokens, topics, tables):
+def observe(cfg, tokens, topics, P, row_of):
     """
     The filter's posterior for tokens uint16 and topics uint8 [rows, S], float16 [rows, S, T], and the reference
     losses {'uniform', 'bigram', 'filter', 'oracle'}: mean nats over the predicted tokens of the first eval_rows rows.
     """
-    device = tables[0].device
-    prior = topic_given_token(tables)
+    device = P.device
+    prior = topic_given_token(P, row_of)
     hazard = val_hazard(cfg, device)
     posteriors = []
     losses = []
     for start in range(0, len(tokens), 256):                # rows whose state fits a cache
         x, z = (torch.from_numpy(a[start:start + 256].astype(int)).to(device) for a in (tokens, topics))
-        lik = likelihood(x, tables)                         # [S-1, B, T]
+        lik = likelihood(x, P, row_of)                      # [S-1, B, T]
         bigram = (lik * prior[x[:, :-1].T]).sum(2)          # [S-1, B]
         expected, posterior = bayes_filter(lik, hazard, cfg.repeats)
         oracle = lik.gather(2, z.T[1:, :, None]).squeeze(2)
@@ -353,7 +352,7 @@ def main(cfg):
         train = draw_rows(cfg, train_stream, cfg.train_rows, segments, sums, row_of)
         val = draw_rows(cfg, val_stream, cfg.val_rows, VAL_SEGMENTS, sums, row_of)
         del sums                                            # 0.7 GB in Run 1
-        posterior, references = observe(cfg, *val, (tables, row_of))
+        posterior, references = observe(cfg, *val, tables, row_of)
 
         arrays = dict(zip(shards.DTYPES, (*train, *val, posterior)))
         meta |= {'references': references, 'reference_rows': min(cfg.eval_rows, cfg.val_rows)}

@@ -77,7 +77,7 @@ def test_group_tables():
     logs = np.log(groups[..., 0])                           # Sinkhorn moves rows and columns: interactions stay
     inter = logs - logs.mean(1, keepdims=True) - logs.mean(2, keepdims=True) + logs.mean((1, 2), keepdims=True)
     assert abs(inter.std() / (1.5 * 11 / 12) - 1) < 0.12 and abs(np.corrcoef(inter.reshape(3, -1))).min() < 0.2
-    np.testing.assert_allclose(data_synth.topic_given_token((P, row_of)), 1 / 3, atol=1e-5)
+    np.testing.assert_allclose(data_synth.topic_given_token(P, row_of), 1 / 3, atol=1e-5)
 
 @each_chain
 def test_tokens_follow_the_tables(chain):
@@ -141,7 +141,7 @@ def test_filter_against_enumeration(chain, repeats, most):
     _, tokens = drawn(chain, sums, row_of, 200, 14, most, 3, 3, repeats)
     exact, belief = enumerate_rows(tokens, tables, row_of, chain, 2, most, 3, repeats)
     hazard = torch.from_numpy(data_synth.hazard_table(chain, 14, 2, most, 3))
-    lik = data_synth.likelihood(torch.from_numpy(tokens), (P, row_of))
+    lik = data_synth.likelihood(torch.from_numpy(tokens), P, row_of)
     p, posterior = data_synth.bayes_filter(lik, hazard, repeats)
     logp, posterior = p.log().T.numpy(), posterior.transpose(0, 1).numpy()
     assert logp.shape == (200, 13) and posterior.shape == (200, 14, 3)

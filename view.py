@@ -52,7 +52,7 @@ def filter_losses(meta, tokens):
         return None
     made = SimpleNamespace(**meta)
     P, _, row_of, *_ = data_synth.make_chains(made, 'cpu')
-    likelihood = data_synth.likelihood(tokens, (P, row_of))
+    likelihood = data_synth.likelihood(tokens, P, row_of)
     expected, _ = data_synth.bayes_filter(likelihood, data_synth.val_hazard(made, 'cpu'), made.repeats)
     return -expected.T.log()
 
