@@ -157,11 +157,10 @@ def score_p(sums):
     same = (sums['W1'] / sums['W']).nan_to_num()                      # [H, T, T]
     X1 = (sums['S1'] * (1 - same)).sum((1, 2))
     X0 = ((sums['S'] - sums['S1']) * same).sum((1, 2))
-    z = torch.stack(sums['z'])
-    n = len(z)
+    n = len(sums['z'])                                                # rows
     n1 = sums['n1']
     U = sums['S'][-1] / n * n1 * (n - n1) / n
-    return log_ratio(X1, X0, U.sum()), (X1 - X0) / z.numel()
+    return log_ratio(X1, X0, U.sum()), (X1 - X0) / (n * len(n1))
 
 def reliability(P):
     """
