@@ -14,6 +14,7 @@ the log's own analysis did, and writes the two columns that this gives (entropy,
 import base64
 import time
 import zlib
+from functools import reduce
 from os.path import exists, getmtime
 from types import SimpleNamespace
 
@@ -121,7 +122,7 @@ def scores(sums, which):
     """P and excess mass of every head [2, L, H] on some of the groups of rows; sums: of each layer and group."""
     found = []
     for groups in sums:
-        whole = measures.total([groups[g] for g in which])
+        whole = reduce(measures.add, [groups[g] for g in which])
         found.append(torch.stack(measures.score_p(whole)))
     return torch.stack(found, 1)[:, :, :-1]                 # the last head is uniform attention
 
@@ -139,7 +140,7 @@ def head_table(sums, draws, seed):
     Every measure of every head, {name: [L, H]}, and its level in uniform attention, {name: number}, from the sums of
     each layer and group; the same null draws for all of them.
     """
-    layers = [measures.head_measures(measures.total(groups), draws, seed) for groups in sums]
+    layers = [measures.head_measures(reduce(measures.add, groups), draws, seed) for groups in sums]
     heads, uniform = {}, {}
     for name in layers[0]:
         table = torch.stack([layer[name] for layer in layers])

@@ -10,7 +10,6 @@ scores P = 0 to rounding. H heads come back as H + 1: the last is uniform attent
 the unit of every error: the tokens of a row share a few runs, so errors per token are far too small.
 """
 import os
-from functools import reduce
 from types import SimpleNamespace
 
 os.environ['SCIPY_ARRAY_API'] = '1'         # scikit-learn asks for it before it takes tensors
@@ -127,10 +126,6 @@ def add(total, part):
     if total is None:
         return part
     return {key: total[key] + part[key] for key in total}             # lists are joined
-
-def total(parts):
-    """The sums of several batches of rows together."""
-    return reduce(add, parts)
 
 # -----------------------------------------------------------------------------
 # attention: measures
