@@ -248,7 +248,7 @@ def bigram_references(rows, meta, keys):
         A = (A / A.sum(-1, keepdim=True)).nan_to_num()                         # the first queries have no far keys
         sums = measures.add(sums, measures.attention_sums(A, rows.topics[b], keys))
     P, _ = measures.score_p(sums)
-    O = measures.score_o(sums)
+    O = measures.score_o(measures.other_blocks(sums))
     found = {}
     for name, p, o in zip(('equal', 'posterior'), P[:-1], O):                  # the last is uniform attention
         found[name] = {'score_p': p, 'score_o': o}

@@ -173,7 +173,7 @@ def other_blocks(sums):
     p [P] is the share of those rows; d [P] is 1 - p where the two share a topic, else -p. Sums over their
     block: B [H, P] of A, U [P] of uniform attention, and R = B - c E, where E is that of the mean pattern over
     rows and c, one a head, the least squares fit. all_d [n, R, R] is d of any two runs of a row; pairs, bool
-    [n, R, R]: which are the P.
+    [n, R, R]: which are the P. z [n, T]: the topics.
     """
     z = torch.stack(sums['z'])
     member = F.one_hot(runs(z)[0]).double()                           # [n, T, R]
@@ -195,6 +195,7 @@ def other_blocks(sums):
     c = (B * E).sum(1) / (E * E).sum(1)
     R = B - c.nan_to_num()[:, None] * E                               # nan: E is 0, and so is B
     return SimpleNamespace(
+        z=z,
         pairs=pairs,
         all_d=d,
         d=d[pairs],
@@ -204,37 +205,34 @@ def other_blocks(sums):
         R=R
     )
 
-def score_o(sums):
+def score_o(o):
     """
-    Other-segment score O [H]: topic, not contiguity: do blocks of one topic, apart, get more than their place
-    says?
+    Other-segment score O [H] of other_blocks o: topic, not contiguity: do blocks of one topic, apart, get more than
+    their place says?
 
     O = ln [(1-eps) sum(F + R q/p) + eps sum U] / [(1-eps) sum(F + R (1-q)/(1-p)) + eps sum U] over
     other_blocks, with q = d + p, F = B - R, and the first sums clamped at 0. nan if there are none.
     """
-    o = other_blocks(sums)
     shift = o.R * o.d                                                 # R q/p = R + R d/p
     same = o.B + shift / o.p
     other = o.B - shift / (1 - o.p)
     return log_ratio(same.sum(1), other.sum(1), o.U.sum())
 
-def o_null(sums, draws, seed):
+def o_null(o, draws, seed):
     """
-    z and p of O [H]: of T = sum R d, against draws T* where topics say nothing. z = T / sd(T*), p = (1 + #{|T*| >=
-    |T|}) / (1 + draws); 0 and 1 where sd is rounding, less than 1e-5 of the block mass.
+    z and p of O [H], from other_blocks o: of T = sum R d, against draws T* where topics say nothing. z = T / sd(T*),
+    p = (1 + #{|T*| >= |T|}) / (1 + draws); 0 and 1 where sd is rounding, less than 1e-5 of the block mass.
 
     A draw exchanges whole label sequences between rows with the same number of runs, so neighbours stay
     distinct. It depends on z and seed alone: all heads and layers share it. Exact if, given their number, run
     lengths do not depend on topics.
     """
     generator = torch.Generator().manual_seed(seed)
-    z = torch.stack(sums['z'])
-    source = torch.arange(len(z)).repeat(draws, 1)                    # [draws, n] whose labels a row gets
-    for rows in rows_alike(z):
+    source = torch.arange(len(o.z)).repeat(draws, 1)                  # [draws, n] whose labels a row gets
+    for rows in rows_alike(o.z):
         order = torch.rand(draws, len(rows), generator=generator).argsort(1)
         source[:, rows] = rows[order]
 
-    o = other_blocks(sums)
     drawn_d = torch.stack([o.all_d[rows][o.pairs] for rows in source])  # [draws, P]
     drawn = drawn_d @ o.R.mT                                          # [draws, H]
     sd = drawn.square().mean(0).sqrt()                                # its mean is 0: q averages to p
@@ -255,9 +253,10 @@ def head_measures(sums, draws, seed):
     sink (s=0), self (s=t). Over queries with a choice of topics: within, within_cross_ratio. Then score_p, excess_mass,
     score_o, o_z, o_p; draws, seed: of o_null.
     """
-    n = torch.stack(sums['z']).numel()                                # queries
     P, excess_mass = score_p(sums)
-    z, p = o_null(sums, draws, seed)
+    o = other_blocks(sums)
+    n = o.z.numel()                                                   # queries
+    z, p = o_null(o, draws, seed)
     return {
         'entropy': sums['entropy'] / n,
         'entropy_within': share(sums['entropy_within'], sums['within'], n),
@@ -269,7 +268,7 @@ def head_measures(sums, draws, seed):
         'self': sums['self'] / n,
         'score_p': P,
         'excess_mass': excess_mass,
-        'score_o': score_o(sums),
+        'score_o': score_o(o),
         'o_z': z,
         'o_p': p
     }

@@ -173,7 +173,7 @@ def test_null_is_calibrated(repeats):
     for draw, z in enumerate(make_rows(300 * 60, T=48, min_run=6, seed=7, repeats=repeats).split(60)):
         noise = normalise(torch.randn(60, 1, 48, 48, generator=g).exp())
         A = torch.cat((run_heads(z)[:, 1:], noise), 1)
-        score, p = M.o_null(M.attention_sums(A, z, causal(z), min_distance=4), 199, seed=draw)
+        score, p = M.o_null(M.other_blocks(M.attention_sums(A, z, causal(z), min_distance=4)), 199, seed=draw)
         assert p[1] == 1                                         # the run before reaches no other: sd is rounding
         found.append((score[[0, 2]], p[[0, 2]]))
     for score, p in np.array(found).transpose(2, 1, 0):          # two heads, [300] each
