@@ -34,12 +34,13 @@ def test_logits_equal_hugging_face_and_explicit_attention(shape, rope):
     hf = Qwen3ForCausalLM(Qwen3Config.from_dict(export_hf.qwen3_config(config(shape, rope, T=512)))).eval()
     missing, unexpected = hf.load_state_dict(model.state_dict(), strict=False)
     assert set(missing) <= {'lm_head.weight'} and not unexpected
-    *_, (hidden, pattern) = model.trace(idx)
     with torch.no_grad():
         ours, theirs = model(idx), hf(idx).logits
     assert ours.std() > 0.5 and model.stock_positions()     # the comparison is of something
-    assert (ours - theirs).abs().max() < 1e-5 and (ours - model.head(hidden)).abs().max() < 1e-5
-    assert torch.allclose(pattern.sum(-1), torch.ones(()), atol=1e-6)
+    assert (ours - theirs).abs().max() < 1e-5
+    *_, (hidden, pattern) = model.double().trace(idx)
+    assert (model(idx) - model.head(hidden)).abs().max() < 1e-10
+    assert torch.allclose(pattern.sum(-1), torch.ones((), dtype=float), atol=1e-6)
 
 def fork(model, layer, T):
     """Other positions: RoPE in even layers, ALiBi with windows of 2 to 8 tokens in odd ones."""
