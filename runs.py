@@ -128,9 +128,12 @@ def order_name(columns):
     """'topic_ordered', 'topic_c4_cd20_pure', ...: the order part of a name, from the columns of a row."""
     name = columns['order']
     if name != 'shuffled':
-        plain = 'topic_ordered' if name == 'topic' else name
-        name = plain if columns['cycles'] == 1 else f'{name}_c{columns["cycles"]}'
-        name += f'_cd{round(100 * columns["cooldown"])}' if columns['cooldown'] else ''
+        if columns['cycles'] > 1:
+            name += f'_c{columns["cycles"]}'
+        elif name == 'topic':
+            name = 'topic_ordered'
+        if columns['cooldown']:
+            name += f'_cd{round(100 * columns["cooldown"])}'
     return name + '_pure' * columns['pure'] + '_rerun' * columns['repeat']
 
 def arm_settings(arm, n_head):
