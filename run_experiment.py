@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import threading
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout, suppress
 from itertools import chain, product
@@ -268,7 +268,7 @@ def run_arms(cfg, todo, plan):
         watch(bar, mine)
         bar.initial = bar.n                                 # steps of an earlier time tell nothing of the pace
         while waiting:
-            done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+            done, waiting = wait(waiting, timeout=1)
             for future in done:
                 future.result()
             watch(bar, mine)
