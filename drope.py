@@ -99,8 +99,6 @@ def recalibrate(cfg, length):
     return folder
 
 def main(cfg):
-    if not cfg.run:
-        raise SystemExit('drope.py: --run=FOLDER, the trained run to drop RoPE from')
     lengths = [length for length in cfg.recal_iters if length or not cfg.keep_rope]     # kept at 0 is the parent
     return [recalibrate(cfg, length) for length in lengths]
 
