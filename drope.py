@@ -80,7 +80,7 @@ def recal_config(parent_config, parent, steps, keep_rope, lr_scale, data_dir, me
         'log_interval': min(c['log_interval'], 5)}
 
 def recalibrate(cfg, length):
-    """One length of cfg.recal_iters from the parent cfg.run; returns the folder of the recalibrated run."""
+    """One length of cfg.recal_iters from the parent cfg.run, into a folder of its own."""
     parent = read_config(cfg.run)
     if columns(parent)['positions'] != 'rope':
         raise SystemExit(f'{cfg.run}: not a run trained with RoPE alone, so there is none to drop')
@@ -96,13 +96,11 @@ def recalibrate(cfg, length):
         if not exists(f'{folder}/ckpt.pt'):                 # else fit resumes from that one
             load_weights(model, load(cfg.run).state_dict(), cfg.run)
         fit(model.to(where[0]), c, data, folder, where, RECAL_STREAM)
-    return folder
 
 def main(cfg):
-    if not cfg.run:
-        raise SystemExit('drope.py: --run=FOLDER, the trained run to drop RoPE from')
-    lengths = [length for length in cfg.recal_iters if length or not cfg.keep_rope]     # kept at 0 is the parent
-    return [recalibrate(cfg, length) for length in lengths]
+    for length in cfg.recal_iters:
+        if length or not cfg.keep_rope:                     # kept and trained no further is the parent
+            recalibrate(cfg, length)
 
 if __name__ == '__main__':
     command(main, __file__)

@@ -348,9 +348,8 @@ def draw_course(exp, ax, course):
 FIGURES = [plot_loss, plot_order, plot_heads, plot_maps, plot_probe, plot_effects, plot_course, plot_lens]
 
 def main(cfg):
-    """Draws every figure of the folder in cfg.paths; returns the paths of the files."""
+    """Draws every figure of the folder in cfg.paths, and prints the paths of the files."""
     exp = load(cfg.paths[0])
-    paths = []
     for draw in FIGURES:
         path = f'{exp.folder}/figures/{draw.__name__.removeprefix("plot_")}.png'
         figure = draw(exp)
@@ -367,9 +366,7 @@ def main(cfg):
         image = Image.open(large).convert('RGB').quantize(255, Image.Quantize.MAXCOVERAGE)
         image.save(small, 'PNG', optimize=True)             # a third of the bytes
         runs.write_bytes(path, small.getvalue())
-        paths.append(path)
-    print('\n'.join(paths))
-    return paths
+        print(path)
 
 if __name__ == '__main__':
     command(main, __file__, positional=True)

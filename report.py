@@ -47,6 +47,7 @@ MEASURES = {
     'cka': Measure('ln(1 - CKA)', '+.3f', 'nats', role='explored'),
     'profile': Measure('Profile of P', '+.3f', 'atanh r', role='explored')}
 
+OUTCOMES = [key for key, m in MEASURES.items() if m.role]       # which have paired differences
 FAMILY = ('rope', 'drope')          # the tested family: what order installs, and what of it is there after DroPE
 PAIRS = ('cka', 'profile')          # of two runs: what differs is how alike they are
 SHUFFLES = ('shuffled', 'reshuffled')       # exchangeable: their mean is the base
@@ -240,9 +241,8 @@ def effects(header, rows):
     """Paired differences at the main length, `compared`, but unreliable profiles; kind: primary, tested, explored."""
     rows, found = pick(rows, main=True), []
     primary, _, at = header['compare']['primary']
-    measures = [key for key, m in MEASURES.items() if m.role]
     for contrast, where, measure in product(
-            contrasts(rows, header['compare']), grouped(rows, 'positions'), measures):
+            contrasts(rows, header['compare']), grouped(rows, 'positions'), OUTCOMES):
         e = compared(rows, contrast, where, measure)
         if e['named'] and where in FAMILY:
             e['kind'] = MEASURES[measure].role

@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import threading
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout, suppress
 from itertools import chain, product
@@ -268,7 +268,7 @@ def run_arms(cfg, todo, plan):
         watch(bar, mine)
         bar.initial = bar.n                                 # steps of an earlier time tell nothing of the pace
         while waiting:
-            done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+            done, waiting = wait(waiting, timeout=1)
             for future in done:
                 future.result()
             watch(bar, mine)
@@ -298,9 +298,9 @@ def check(cfg):
     if cfg.data_script and 'data_dir' not in block(cfg.data_script):
         raise SystemExit(f'data_script = {cfg.data_script}: makes no data; it has main, parameters and, in its block, '
                          'a data_dir')
-    tested = [key for key, m in report.MEASURES.items() if m.role]
-    if len(cfg.primary) != 3 or cfg.primary[0] not in tested:
-        raise SystemExit(f'primary = {cfg.primary}: a measure ({", ".join(tested)}), an order and its positions')
+    if len(cfg.primary) != 3 or cfg.primary[0] not in report.OUTCOMES:
+        raise SystemExit(f'primary = {cfg.primary}: a measure ({", ".join(report.OUTCOMES)}), an order and its '
+                         'positions')
     for order in (cfg.base, cfg.placebo):
         train.check(SimpleNamespace(order=order))
     for arm in cfg.arms:

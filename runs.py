@@ -128,9 +128,12 @@ def order_name(columns):
     """'topic_ordered', 'topic_c4_cd20_pure', ...: the order part of a name, from the columns of a row."""
     name = columns['order']
     if name != 'shuffled':
-        plain = 'topic_ordered' if name == 'topic' else name
-        name = plain if columns['cycles'] == 1 else f'{name}_c{columns["cycles"]}'
-        name += f'_cd{round(100 * columns["cooldown"])}' if columns['cooldown'] else ''
+        if columns['cycles'] > 1:
+            name += f'_c{columns["cycles"]}'
+        elif name == 'topic':
+            name = 'topic_ordered'
+        if columns['cooldown']:
+            name += f'_cd{round(100 * columns["cooldown"])}'
     return name + '_pure' * columns['pure'] + '_rerun' * columns['repeat']
 
 def arm_settings(arm, n_head):
@@ -354,16 +357,18 @@ def dump_rows(header, rows):
 def gather(out_dir, folders=None, compare=None, place=''):
     """
     Write runs.jsonl of an experiment from the row.json of its run folders (none: all below out_dir), under a lock,
-    and copy it to the folder `place`; returns (header, rows). compare: {'base', 'placebo', 'primary'} of the
+    and runs.jsonl.xz into the folder `place`; returns (header, rows). compare: {'base', 'placebo', 'primary'} of the
     experiment, for report.py; none: as it was.
     """
     with FileLock(f'{out_dir}/runs.jsonl.lock'):
         rows = sorted(filter(None, map(read_row, folders or row_folders(out_dir))), key=key)
         before, _ = read_rows(out_dir)
         header = make_header(out_dir, rows, compare or (before and before['compare']))
-        write_text(f'{out_dir}/runs.jsonl', dump_rows(header, rows))
-        if place:
-            publish_file(out_dir, place, 'runs.jsonl')
+        text = dump_rows(header, rows)
+        write_text(f'{out_dir}/runs.jsonl', text)
+        if place:                                           # a quarter of the bytes
+            write_bytes(f'{place}/runs.jsonl.xz', lzma.compress(text.encode()))
+            Path(f'{place}/runs.jsonl').unlink(missing_ok=True)     # of an older version
     return header, rows
 
 def make_header(out_dir, rows, compare):
@@ -403,17 +408,10 @@ def open_rows(folder):
 # -----------------------------------------------------------------------------
 # results/
 
-def publish_file(out_dir, place, name):
-    """Copy a file of an experiment to the folder `place`, atomically; runs.jsonl becomes a quarter as runs.jsonl.xz."""
-    content = Path(f'{out_dir}/{name}').read_bytes()
-    if name != 'runs.jsonl':
-        return write_bytes(f'{place}/{name}', content)
-    write_bytes(f'{place}/runs.jsonl.xz', lzma.compress(content))
-    Path(f'{place}/runs.jsonl').unlink(missing_ok=True)     # of an older version
-
 def publish(out_dir, place):
-    """Copy report, figures and what they are made from to the folder `place`; what else is there stays."""
-    for pattern in ('runs.jsonl', '*.json', '*.md', 'figures/*.png'):
+    """Copy report, figures and examples to the folder `place`, beside the rows, which `gather` has put there; what else
+    is there stays."""
+    for pattern in ('*.json', '*.md', 'figures/*.png'):
         for name in glob.glob(pattern, root_dir=out_dir):
-            publish_file(out_dir, place, name)
+            write_bytes(f'{place}/{name}', Path(f'{out_dir}/{name}').read_bytes())
     print(f'published: {place}')
