@@ -361,11 +361,10 @@ def main(cfg):
     everything = list(chain(*plan.values()))
     cfg.folders = [run.folder for run in everything]
     own = rows_by_key(cfg.place)
-    published = own
-    if cfg.rows_from:
-        published = rows_by_key(cfg.rows_from) | own
-        if published == own:
-            raise SystemExit(f'rows_from = {cfg.rows_from}: holds no runs.jsonl')
+    theirs = rows_by_key(cfg.rows_from) if cfg.rows_from else {}
+    if cfg.rows_from and not theirs:
+        raise SystemExit(f'rows_from = {cfg.rows_from}: holds no runs.jsonl')
+    published = theirs | own
     mine = share(cfg, plan)
     todo = [pair for pair in mine if any(to_do(cfg, run, published) for run in plan[pair])]
     steps = sum(run.config['max_iters'] for run in everything)
