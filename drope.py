@@ -98,6 +98,8 @@ def recalibrate(cfg, length):
         fit(model.to(where[0]), c, data, folder, where, RECAL_STREAM)
 
 def main(cfg):
+    if not cfg.run:                                         # also where there is no length to recalibrate
+        raise SystemExit('drope.py: --run=FOLDER, the trained run to drop RoPE from')
     for length in cfg.recal_iters:
         if length or not cfg.keep_rope:                     # kept and trained no further is the parent
             recalibrate(cfg, length)
