@@ -120,8 +120,10 @@ def lr_scale(step, c):
 
 def compiled(model):
     """The model's losses, compiled once for all models of its shape, and its blocks, the same code, once for all."""
-    import torch._dynamo                                    # only here: it takes a while
-    torch._dynamo.config.recompile_limit = 64               # an experiment has more shapes than the default of 8
+    from torch._dynamo import config                        # only here: it takes a while
+    from torch._inductor.config import triton
+    config.recompile_limit = 64                             # an experiment has more shapes than the default of 8
+    triton.autotune_pointwise = False                       # a sixth of the first step, for nothing in the others
     return functools.partial(
         model, embed=torch.compile(Qwen3.embed), call_block=torch.compile(Block.forward),
         losses=torch.compile(Qwen3.losses, options={'online_softmax': False}))   # faster without, here
