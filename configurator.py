@@ -68,7 +68,7 @@ def blocks(scripts):
     """The blocks of several scripts as one; of a key that two have, the later's."""
     keys = {}
     for script in scripts:
-        keys.update(block(script))
+        keys |= block(script)
     return keys
 
 def within(x, interval):
@@ -162,7 +162,7 @@ def configure(script, argv=None, positional=False, stages=()):
 
     overrides = {}
     for path in files:
-        overrides.update(read_file(path))
+        overrides |= read_file(path)
     for flag in flags:
         key, eq, text = flag[2:].partition('=')
         where = f'{name} {flag}'

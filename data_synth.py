@@ -344,7 +344,6 @@ def main(cfg):
     meta = parameters(cfg)
     with locked(folder):
         if shards.is_there(folder, meta):
-            print(f'{folder} is there, with these parameters')
             return folder
 
         tables, sums, row_of, train_stream, val_stream = make_chains(cfg, device)

@@ -12,6 +12,7 @@ rows, steps and rates for every arm of a seed (what was trained on pure windows 
 with --recal_data_dir, as run_experiment.py does). Each length of recal_iters is a schedule of its own from the same
 parent; the first is the main one, and 0 drops RoPE and trains no further.
 """
+from itertools import product
 from os.path import exists
 
 import shards
@@ -19,7 +20,7 @@ from configurator import block, command
 from machine import machine, memory_errors, processes
 from model import build, load, load_weights
 from runs import columns, locked, read_config, recal_folder
-from train import RAISE_GRAD_ACCUM, data_folder, fit, read_data
+from train import RAISE_GRAD_ACCUM, fit, read_data
 
 # -----------------------------------------------------------------------------
 # config
@@ -39,8 +40,8 @@ compile: bool = None        # torch.compile; none = with cuda, from a thousand s
 RECAL_STREAM = 1            # of row_order: other draws than training's, the same in every arm
 
 def schedules(cfg, parent_steps):
-    """{length: (steps, lr_scale)} of cfg.recal_iters, at least 1 step unless the length is 0. Stops with one line at
-    lengths that can't be."""
+    """[(steps, lr_scale)] of cfg.recal_iters, at least 1 step unless the length is 0. Stops with one line at lengths
+    that can't be."""
     lengths, scales = cfg.recal_iters, cfg.recal_lr_scale
     if len(scales) == 1:
         scales *= len(lengths)
@@ -53,10 +54,10 @@ def schedules(cfg, parent_steps):
         raise SystemExit(f'recal_iters = {lengths}: the first is above 0, and of {parent_steps} steps all differ')
     if len(scales) != len(steps):
         raise SystemExit(f'recal_lr_scale = {scales}: one number, or one for each of recal_iters = {lengths}')
-    return dict(zip(lengths, zip(steps, scales)))
+    return list(zip(steps, scales))
 
 def recal_config(parent_config, parent, steps, keep_rope, lr_scale, data_dir, meta):
-    """The parent's config with what recalibration changes; data_dir, meta: of the rows it reads."""
+    """The parent's config with what recalibration changes."""
     rows = {k: v for k, v in shards.parameters(meta).items() if k not in block('train.py')}     # seed is the run's own
     c = parent_config | rows
     return c | {
@@ -79,18 +80,26 @@ def recal_config(parent_config, parent, steps, keep_rope, lr_scale, data_dir, me
         'eval_interval': max(1, min(c['eval_interval'], steps // 8)),
         'log_interval': min(c['log_interval'], 5)}
 
-def recalibrate(cfg, length):
-    """One length of cfg.recal_iters from the parent cfg.run, into a folder of its own."""
-    parent = read_config(cfg.run)
-    if columns(parent)['positions'] != 'rope':
-        raise SystemExit(f'{cfg.run}: not a run trained with RoPE alone, so there is none to drop')
-    data_dir = cfg.recal_data_dir or parent['data_dir']
-    data = shards.read(data_folder(data_dir, parent['seed'])) if cfg.recal_data_dir else read_data(parent, cfg.run)
-    steps, scale = schedules(cfg, parent['max_iters'])[length]
-    c = recal_config(parent, cfg.run, steps, cfg.keep_rope, scale, data_dir, data.meta)
-    c['grad_accum'] = cfg.grad_accum
-    folder = recal_folder(cfg.run, cfg.keep_rope, None if length == cfg.recal_iters[0] else steps)
-    where = machine(cfg.device, cfg.dtype, cfg.compile, steps)
+def recalibrations(cfg, parent, data_dir, meta):
+    """
+    [(folder, config)] of all recalibrations of the run cfg.run, whose config is `parent`: of each length without RoPE,
+    then with it. [] where it has other positions, which are not dropped: their names would be RoPE's. data_dir, meta:
+    of the rows they read.
+    """
+    found = []
+    if columns(parent)['positions'] == 'rope':
+        plan = schedules(cfg, parent['max_iters'])
+        for (steps, scale), keep_rope in product(plan, (False, True)):
+            if steps or not keep_rope:                      # kept and trained no further is the parent
+                further = None if steps == plan[0][0] else steps
+                config = recal_config(parent, cfg.run, steps, keep_rope, scale, data_dir, meta)
+                found.append((recal_folder(cfg.run, keep_rope, further), config))
+    return found
+
+def recalibrate(cfg, folder, c, data):
+    """One of the recalibrations of cfg.run, into its folder. data: shards.read(...)."""
+    c = c | {'grad_accum': cfg.grad_accum}
+    where = machine(cfg.device, cfg.dtype, cfg.compile, c['max_iters'])
     with memory_errors(RAISE_GRAD_ACCUM.format(**c)), locked(folder, processes()[0]):
         model = build(c)
         if not exists(f'{folder}/ckpt.pt'):                 # else fit resumes from that one
@@ -98,11 +107,15 @@ def recalibrate(cfg, length):
         fit(model.to(where[0]), c, data, folder, where, RECAL_STREAM)
 
 def main(cfg):
-    if not cfg.run:                                         # also where there is no length to recalibrate
-        raise SystemExit('drope.py: --run=FOLDER, the trained run to drop RoPE from')
-    for length in cfg.recal_iters:
-        if length or not cfg.keep_rope:                     # kept and trained no further is the parent
-            recalibrate(cfg, length)
+    parent = read_config(cfg.run)
+    wanted = {'data_dir': cfg.recal_data_dir, 'seed': parent['seed']} if cfg.recal_data_dir else parent
+    data = read_data(wanted, cfg.run)
+    found = recalibrations(cfg, parent, wanted['data_dir'], data.meta)
+    if not found:
+        raise SystemExit(f'{cfg.run}: not a run trained with RoPE alone, so there is none to drop')
+    for folder, c in found:
+        if c['keep_rope'] == cfg.keep_rope:
+            recalibrate(cfg, folder, c, data)
 
 if __name__ == '__main__':
     command(main, __file__)

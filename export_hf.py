@@ -59,7 +59,7 @@ def qwen3_config(c):
 
 def main(cfg):
     """Writes the folder cfg.out_dir from the run cfg.run."""
-    if not cfg.run or not cfg.out_dir:
+    if not cfg.out_dir:                                     # that there is a run is checked below
         raise SystemExit('export_hf.py: --run=FOLDER, the trained run, and --out_dir=FOLDER, the folder to write')
     c = read_config(cfg.run)
     model = load(cfg.run)

@@ -5,8 +5,6 @@ Pre-norm transformer; RMSNorm on every query and key head (QK-Norm) before rotar
 attention; no biases; tied embedding. Parameter names are those of Hugging Face's Qwen3ForCausalLM, so a state dict
 is an export (sources: Qwen3 technical report, arXiv 2505.09388; DroPE, arXiv 2512.12167, for the switch).
 """
-import inspect
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -24,10 +22,11 @@ def linear(n_in, n_out):
     return nn.Linear(n_in, n_out, bias=False)               # Qwen3 has no biases
 
 class RMSNorm(nn.Module):
-    def __init__(self, dim, eps=1e-6):
+    eps = 1e-6
+
+    def __init__(self, dim):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
 
     def forward(self, x):
         """x / rms(x) * weight over the last dimension; in fp32, cast back, then scaled (Qwen3's order)."""
@@ -123,10 +122,11 @@ class Qwen3(nn.Module):
     """
     vocab_size, block_size: tokens. n_head query heads share n_kv_head key-value heads (equal: MHA; fewer: GQA).
     rope: whether positions are rotated in; may be switched on a trained model, which is all that DroPE does to it.
-    generator: a CPU torch.Generator from which the weights are drawn (normal, sd 0.02; norm gains 1).
+    seed: of the weights, which are drawn on the CPU (normal, sd 0.02; norm gains 1). others: what
+    else a run's config holds, passed over.
     """
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_kv_head, n_embd, head_dim, mlp_hidden,
-                 rope=True, rope_theta=1e6, generator=None):
+                 rope=True, rope_theta=1e6, seed=0, **others):
         super().__init__()
         if n_head % n_kv_head:
             raise SystemExit(f'model: n_head = {n_head} is not divisible by n_kv_head = {n_kv_head}')
@@ -140,6 +140,7 @@ class Qwen3(nn.Module):
             'norm': RMSNorm(n_embd)})
         for name, table in zip(('cos', 'sin'), rotary(block_size, head_dim, rope_theta)):
             self.register_buffer(name, table, persistent=False)
+        generator = torch.Generator().manual_seed(seed)
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02, generator=generator)
@@ -215,12 +216,9 @@ class Qwen3(nn.Module):
 # -----------------------------------------------------------------------------
 # checkpoints
 
-def build(config, generator=None):
-    """The model that a run's config.json (a dict) describes, freshly initialised, from its seed if no generator is
-    given; Qwen3's arguments are its keys."""
-    generator = generator or torch.Generator().manual_seed(config['seed'])
-    names = inspect.signature(Qwen3).parameters
-    return Qwen3(**{key: value for key, value in config.items() if key in names}, generator=generator)
+def build(config):
+    """The model that a run's config.json (a dict) describes, freshly initialised."""
+    return Qwen3(**config)
 
 def read_checkpoint(folder, device='cpu'):
     """ckpt.pt of a run folder: {'model', 'optimizer', 'step', ...}. weights_only: a checkpoint can't run code."""

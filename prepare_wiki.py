@@ -113,14 +113,20 @@ def files_of(folder, suffix):
     """The numbered files of a phase, and nothing else that may lie beside them."""
     return sorted(glob.glob(f'{glob.escape(folder)}/[0-9][0-9][0-9][0-9][0-9]{suffix}'))
 
-def read_file(path):
-    """{'id', 'title', 'text', 'hash'} of the articles in a file."""
-    with open(path, encoding='utf-8') as f:
-        return [json.loads(line) for line in f]
+def read(path, order=range):
+    """The records of a file, lines of JSON or parquet, of which the row groups come in this order."""
+    if path.endswith('.parquet'):
+        import pyarrow.parquet
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(200, order(file.num_row_groups), ['id', 'title', 'text']):
+                yield from batch.to_pylist()
+    else:
+        with open(path, encoding='utf-8-sig') as f:         # with or without a byte order mark
+            yield from (json.loads(line) for line in f if line.strip())
 
 def read_all(folder):
-    """All articles, one after the other."""
-    return chain.from_iterable(map(read_file, files_of(folder, '.lines')))
+    """{'id', 'title', 'text', 'hash'} of all articles, one after the other."""
+    return chain.from_iterable(map(read, files_of(folder, '.lines')))
 
 def unmade(folder, items):
     """(item, path) of each item of which a phase has still to make the array at this path."""
@@ -139,17 +145,6 @@ def hub_files(cfg, order):
     names = fnmatch.filter(list_repo_files(cfg.source, repo_type='dataset'), f'{cfg.subset}/*.parquet')
     for i in order(len(names)):
         yield hf_hub_download(cfg.source, sorted(names)[i], repo_type='dataset')
-
-def read(path, order):
-    """The records of a file; of parquet the row groups in this order."""
-    if path.endswith('.jsonl'):
-        with open(path, encoding='utf-8-sig') as f:         # with or without a byte order mark
-            yield from (json.loads(line) for line in f if line.strip())
-    else:
-        import pyarrow.parquet
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            for batch in file.iter_batches(200, order(file.num_row_groups), ['id', 'title', 'text']):
-                yield from batch.to_pylist()
 
 def records(cfg):
     """{'id', 'title', 'text'} of the source; of the hub in an order of files and row groups drawn from the seed."""
@@ -243,7 +238,7 @@ def articles(cfg, folder):
     for i in count():
         some = list(islice(stream, CHUNK))
         path, lines = f'{folder}/{i:05d}.lines', ''         # not .jsonl: what lies here is no source
-        for a in read_file(path) if exists(path) else map(article, some):
+        for a in read(path) if exists(path) else map(article, some):
             if len(a['text']) >= cfg.min_chars and a['hash'] not in seen and len(seen) < cfg.max_articles:
                 seen.add(a['hash'])
                 lines += json.dumps(a, ensure_ascii=False) + '\n'
@@ -291,7 +286,7 @@ def vectors(cfg, folder, source, texts):
         raise SystemExit(f'embedder = {cfg.embedder!r}: of no use here ({reason(e)}); lsa wants words that tell '
                          'articles apart; or name a sentence-transformers model, and check the network') from None
     for file, path in unmade(folder, files_of(source, '.lines')):
-        write_array(path, preprocessing.normalize(encode(beginnings(cfg, read_file(file)))))
+        write_array(path, preprocessing.normalize(encode(beginnings(cfg, read(file)))))
 
 def clusters(cfg, folder, vectors_folder, texts, facts):
     """K-means of a sample of the articles, which has these texts; clusters.json with the labels of all and the facts,
@@ -338,7 +333,7 @@ def tokens(cfg, folder, source, tokenizer_folder):
     with open(f'{folder}/tokens.bin', 'ab') as f:
         f.truncate(2 * sum(np.load(path).sum() for path in files_of(folder, '.npy')))
         for file, path in unmade(folder, files_of(source, '.lines')):
-            ids = [e.ids for e in bpe.encode_batch_fast([a['text'] for a in read_file(file)])]
+            ids = [e.ids for e in bpe.encode_batch_fast([a['text'] for a in read(file)])]
             f.write(np.concatenate(ids).astype(np.uint16))
             f.flush()
             write_array(path, [len(x) for x in ids])
@@ -400,11 +395,10 @@ def main(cfg):
         raise SystemExit(f'min_segments = {cfg.min_segments}, max_segments = {cfg.max_segments}, min_segment_len = '
                          f'{cfg.min_segment_len}: choose what fits {most} times in {cfg.block_size + 1} tokens')
     meta = parameters(cfg)
-    if shards.is_there(cfg.data_dir, meta):
-        print(f'{cfg.data_dir} is there, with these parameters')
-    else:
-        with locked(cfg.work_dir):
-            prepare(cfg, meta)
+    with locked(cfg.data_dir):                              # stops here, not after hours, where it cannot be written
+        if not shards.is_there(cfg.data_dir, meta):
+            with locked(cfg.work_dir):
+                prepare(cfg, meta)
     return cfg.data_dir
 
 def prepare(cfg, meta):

@@ -67,7 +67,6 @@ OF_AN_ARM = {'run', 'other', 'seed', 'repeat', 'order', 'cycles', 'cooldown', 'n
 class Run(NamedTuple):
     folder: str
     config: dict            # as config.json will have it
-    length: float           # of recalibration, as recal_iters has it; None: trained
 
 def stage(cfg, script, **changes):
     """The config of one stage, from that of the experiment."""
@@ -122,17 +121,11 @@ def arm_runs(cfg, arm, seed):
     own = data_meta(cfg, data_stage(cfg, seed, arm), seed)
     c = train.resolve(train_stage(cfg, arm, seed), own)
     folder = runs.run_folder(cfg.out_dir, c)
-    found = [Run(folder, c, None)]
-    is_rope = runs.columns(c)['positions'] == 'rope'        # other kinds are not dropped: their names would be RoPE's
-    lengths = drope.schedules(cfg, c['max_iters']) if is_rope else {}
-    for (length, (steps, scale)), keep in product(lengths.items(), (False, True)):
-        if keep and not length:
-            continue                                        # kept and trained no further is the parent
-        further = None if length == cfg.recal_iters[0] else steps
-        if further is not None and seed not in cfg.seeds[:cfg.course_seeds]:
-            continue
-        config = drope.recal_config(c, folder, steps, keep, scale, mixed.data_dir, meta)
-        found.append(Run(runs.recal_folder(folder, keep, further), config, length))
+    found = [Run(folder, c)]
+    recal = stage(cfg, 'drope.py', run=folder)
+    for path, config in drope.recalibrations(recal, c, mixed.data_dir, meta):
+        if runs.is_main(path) or seed in cfg.seeds[:cfg.course_seeds]:
+            found.append(Run(path, config))
     return found
 
 def has_checkpoint(run):
@@ -195,10 +188,9 @@ def run_arm(cfg, arm, seed):
                 if run is parent:
                     train.main(train_stage(cfg, arm, seed))
                 else:
-                    recal = stage(cfg, 'drope.py', run=parent.folder, keep_rope=run.config['keep_rope'],
-                                  recal_data_dir=run.config['data_dir'])
-                    drope.recalibrate(recal, run.length)
-            analyze.main(stage(cfg, 'analyze.py', run=run.folder, causal=True))
+                    data = train.read_data(run.config, run.folder)
+                    drope.recalibrate(stage(cfg, 'drope.py', run=parent.folder), *run, data)
+            analyze.main(stage(cfg, 'analyze.py', run=run.folder))
     collect(cfg)
 
 def collect(cfg):
@@ -228,11 +220,6 @@ def leave(*_):
     global ended
     ended = True
     raise SystemExit
-
-def kill(workers):
-    """Ends processes that a compiler, say, keeps from ending themselves."""
-    for worker in workers:
-        worker.kill()
 
 def watch(bar, mine):
     """Moves the bar to the steps that are made, and names the runs that have begun and have no row yet."""
@@ -279,10 +266,10 @@ def run_arms(cfg, todo, plan):
         workers = multiprocessing.active_children()
         for worker in workers:
             worker.terminate()
-        killer = threading.Timer(10, kill, [workers])
-        killer.start()
-        pool.shutdown(cancel_futures=True)
-        killer.cancel()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.join(10)
+            worker.kill()                                   # where a compiler, say, keeps it from ending itself
 
 # -----------------------------------------------------------------------------
 # the end

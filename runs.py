@@ -321,8 +321,7 @@ def key(row):
     """What finds a row in its experiment, and sorts them as tables show them: shuffled first, RoPE before DroPE."""
     return (row['attention'] != 'mha', row['pure'], row['repeat'],
             row['order'] != 'shuffled', row['order'], row['cycles'], row['cooldown'],
-            row['recal_steps'] is not None, row['positions'] == 'drope', row['positions'] != 'rope', row['positions'],
-            row['recal_steps'] or 0, row['seed'])
+            [*POSITIONS, 'kept', 'drope'].index(row['positions']), row['recal_steps'] or 0, row['seed'])
 
 def read_rows(folder):
     """

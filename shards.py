@@ -11,14 +11,13 @@ Your own labelled tokens become a dataset with
 """
 import functools
 import hashlib
-import os
 import shutil
 from os.path import exists, getsize, isfile, lexists
 from types import SimpleNamespace
 
 import numpy as np
 
-from runs import new_folder, read_json, write_json, writing
+from runs import new_folder, read_json, write_json
 
 DTYPES = {'train': np.uint16, 'train_topics': np.uint8, 'val': np.uint16, 'val_topics': np.uint8,
           'val_posterior': np.float16}                      # in the order of reading; the last is optional
@@ -140,24 +139,21 @@ def read(folder):
 
 def is_there(folder, parameters):
     """
-    True if the folder holds a dataset built with these parameters, False if there is none and one can be written. One
-    built with others is refused, not reused: a line names every key that differs, with both values.
+    Whether the folder holds a dataset built with these parameters; says so. One built with others is refused, not
+    reused: a line names every key that differs, with both values.
     """
-    if lexists(folder):
-        if not exists(f'{folder}/meta.json'):
-            raise SystemExit(f'{folder}: is no dataset (no meta.json); delete it or choose another data_dir')
-        meta = read_meta(folder)
-        differ = [f'{key} is {meta.get(key)!r} there, {value!r} here' for key, value in parameters.items()
-                  if meta.get(key) != value]
-        if differ:
-            raise SystemExit(f'{folder}: built with other parameters ({"; ".join(differ)}); '
-                             'delete it or choose another data_dir')
-        return True
-    temporary = f'{folder}.tmp-{os.getpid()}'
-    with writing(folder):                                   # asks for the permission now, not when all is computed
-        os.makedirs(temporary)
-        os.rmdir(temporary)
-    return False
+    if not lexists(folder):
+        return False
+    if not exists(f'{folder}/meta.json'):
+        raise SystemExit(f'{folder}: is no dataset (no meta.json); delete it or choose another data_dir')
+    meta = read_meta(folder)
+    differ = [f'{key} is {meta.get(key)!r} there, {value!r} here' for key, value in parameters.items()
+              if meta.get(key) != value]
+    if differ:
+        raise SystemExit(f'{folder}: built with other parameters ({"; ".join(differ)}); '
+                         'delete it or choose another data_dir')
+    print(f'{folder} is there, with these parameters')
+    return True
 
 
 def parameters(meta):

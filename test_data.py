@@ -251,7 +251,7 @@ def test_unwritable(tmp_path):
     (tmp_path / 'file').write_text('')
     refused('cannot be written', shards.write, tmp_path / 'file' / 'x', OWN, META)
     for folder in (tmp_path / 'file' / 'x', '/proc/x'):                     # where even root may not write
-        refused('cannot be written', shards.is_there, folder, META)
+        refused('cannot be written', build, folder)
     (tmp_path / 'seed0').mkdir()
     refused('is no dataset', build, tmp_path)
 

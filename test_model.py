@@ -21,7 +21,7 @@ def config(shape, rope=True, T=64):
 def tiny(shape='mha', rope=True, T=64):
     """A model with all its weights, norm gains too, drawn at random and large enough to matter."""
     g = torch.Generator().manual_seed(0)
-    model = build(config(shape, rope, T), g)
+    model = build(config(shape, rope, T))
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=g) * (0.15 if p.ndim == 2 else 0.3) + (p.ndim == 1))
