@@ -334,7 +334,7 @@ def draw_course(exp, ax, course):
     for where, marker, shift in (('kept', 's', 0.98), ('drope', 'o', 1.02)):    # beside one another
         line = [c[where] for c in course]
         steps = [c['steps'] * shift for c in course]
-        low, mean = (np.array([e[key] for e in line], float) for key in ('low', 'mean'))
+        low, mean = np.array([(e['low'], e['mean']) for e in line], float).T
         style = {'color': colour, 'ls': LINES[where]}
         if first['named']:
             ax.errorbar(steps, mean, mean - low, marker=marker, label=line[0]['label'], **style)
