@@ -53,8 +53,7 @@ def exchanged(z, draws, generator):
         for draw in source:
             ring = rows[torch.randperm(len(rows), generator=generator)]
             draw[ring] = ring.roll(1)                                 # each takes its neighbour's
-    changed = source[0] != own
-    return z[source.to(z.device)], changed.to(z.device)
+    return z[source], source[0] != own
 
 def distance_from_boundary(z):
     """Topics [B, T] -> tokens since the start of the run [B, T]; -1 in the first, which no boundary opens."""
@@ -298,12 +297,11 @@ def probe_tokens(n_rows, block, max_tokens, generator):
     Returns train and test, bool [2, n_rows, block], at most max_tokens / 2 each, drawn from a torch.Generator.
     """
     order = torch.randperm(n_rows, generator=generator)
-    masks = torch.zeros(2, n_rows * block, dtype=torch.bool)
+    masks = torch.zeros(2, n_rows, block, dtype=torch.bool)
     for mask, rows in zip(masks, order.tensor_split([n_rows // 2])):
-        tokens = (rows[:, None] * block + torch.arange(block)).flatten()
-        drawn = torch.randperm(len(tokens), generator=generator)
-        mask[tokens[drawn[:max_tokens // 2]]] = True
-    return masks.view(2, n_rows, block)
+        drawn = torch.randperm(len(rows) * block, generator=generator)[:max_tokens // 2]
+        mask[rows[drawn // block], drawn % block] = True
+    return masks
 
 def probe(x_train, y_train, x_test):
     """
