@@ -240,7 +240,7 @@ def bigram_references(rows, meta, keys):
     far = keys.tril(-measures.MIN_DISTANCE)
     sums = None
     for b in rows.batches:
-        weights = [bigram[b][:, :, None] == bigram[b][:, None]]
+        weights = [measures.equal_pairs(bigram[b])]
         if belief is not None:
             weights.append(belief[b] @ belief[b].mT)
         A = (torch.stack(weights, 1).double() + 1e-9) * far                    # [B, 1 or 2, T, T]
@@ -352,7 +352,6 @@ def analyse(cfg):
     shown = example(model, rows, attention['heads']['score_p'])
     runs.write_json(f'{cfg.run}/example.json', shown)
     references = NO_REFERENCES | data.meta.get('references', {})
-    seconds = {'train': records[-1]['seconds'], 'analysis': time.time() - clock}
     row = runs.write_row(cfg.run, runs.columns(c) | attention | {
         'main': runs.is_main(cfg.run),
         'measures_version': measures.VERSION,
@@ -366,11 +365,11 @@ def analyse(cfg):
         'curve': runs.curve(records),
         'settings': {key: getattr(cfg, key) for key in SETTINGS},
         **versions(device),
-        'seconds': seconds,
+        'seconds': {'train': records[-1]['seconds'], 'analysis': time.time() - clock},
         'config': c})
     middle = c['n_layer'] // 2
     print(f'{cfg.run}: val loss {row["val_loss"]:.4f}, P {runs.show(row["mean"]["score_p"], ".3f")}, '
-          f'probe[{middle}] {row["probe"]["accuracy"][middle]:.3f}, {seconds["analysis"]:.0f} s')
+          f'probe[{middle}] {row["probe"]["accuracy"][middle]:.3f}, {row["seconds"]["analysis"]:.0f} s')
 
 if __name__ == '__main__':
     command(main, __file__)

@@ -37,6 +37,10 @@ def runs(z):
     run = F.pad((z.diff() != 0).cumsum(1), (1, 0))
     return run, run[:, -1] + 1
 
+def equal_pairs(x):
+    """Whether two places of a row hold the same: x [B, T] -> bool [B, T, T]."""
+    return x[:, :, None] == x[:, None]
+
 def rows_alike(z):
     """The rows of topics [n, T] that have the same number of runs: a list of CPU indices, fewest runs first."""
     _, count = runs(z.cpu())
@@ -58,8 +62,7 @@ def exchanged(z, draws, generator):
 def distance_from_boundary(z):
     """Topics [B, T] -> tokens since the start of the run [B, T]; -1 in the first, which no boundary opens."""
     run, _ = runs(z)
-    same_run = run[:, :, None] == run[:, None]
-    so_far = same_run.tril().sum(2)                                   # tokens of the run, this one included
+    so_far = equal_pairs(run).tril().sum(2)                           # tokens of the run, this one included
     return torch.where(run > 0, so_far - 1, -1)
 
 # -----------------------------------------------------------------------------
@@ -82,7 +85,7 @@ def attention_sums(A, z, allowed, min_distance=MIN_DISTANCE):
     uniform = allowed / n_keys[:, None]                               # fp64
     uniform = uniform.expand(len(A), 1, -1, -1)
     A = torch.cat((A, uniform), 1)
-    same = (z[:, :, None] == z[:, None])[:, None]                     # [B, 1, T, T]
+    same = equal_pairs(z)[:, None]                                    # [B, 1, T, T]
     choice = (same & allowed).sum(-1) < n_keys                        # [B, 1, T] other topics are in reach
 
     # mass on keys of the query's topic (within) and on others (cross), and its entropy; each [B, H, T]
@@ -177,7 +180,7 @@ def other_blocks(sums):
     z = torch.stack(sums['z'])
     member = F.one_hot(runs(z)[0]).double()                           # [n, T, R]
     topic = (member * (1 + z)[:, :, None]).amax(1)                    # [n, R], 0 where a row has fewer runs
-    q = (topic[:, :, None] == topic[:, None]).double()                # [n, R, R]
+    q = equal_pairs(topic).double()                                   # [n, R, R]
     p = torch.empty_like(q)
     for rows in rows_alike(z):
         p[rows] = q[rows].mean(0)
