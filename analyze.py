@@ -15,6 +15,7 @@ import base64
 import time
 import zlib
 from functools import reduce
+from itertools import combinations
 from os.path import exists, getmtime
 from types import SimpleNamespace
 
@@ -55,13 +56,13 @@ def outcome(val_loss, references):
     Where the validation loss lies between the topic-blind bigram and the Bayes filter; None where there is
     none.
     """
-    bigram, best = references['bigram'], references['filter']
-    found = {'val_loss': val_loss, 'references': references, 'excess': None, 'gap_closed': None}
-    if best is not None:
-        found['excess'] = val_loss - best
-        if bigram - best > 0.01:
-            found['gap_closed'] = (bigram - val_loss) / (bigram - best)
-    return found
+    bigram, best = np.array([references['bigram'], references['filter']], float)     # NaN where there is none
+    gap = bigram - best
+    return {
+        'val_loss': val_loss,
+        'references': references,
+        'excess': val_loss - best,
+        'gap_closed': (bigram - val_loss) / gap if gap > 0.01 else None}
 
 # -----------------------------------------------------------------------------
 # rows and patterns
@@ -83,13 +84,12 @@ def validation_rows(cfg, c, data, device):
         raise SystemExit(f'analyze.py: {len(data.val)} validation rows; at least {GROUPS} are needed')
     tokens, topics = first_rows(data, n, device)
     generator = torch.Generator().manual_seed(c['seed'])
-    masks = measures.probe_tokens(n, T, cfg.probe_tokens, generator)
     memory = 4 << 30 if device.type == 'cuda' else 256 << 20
     size = GROUPS * max(1, memory // (GROUPS * c['n_head'] * T * T * 40))      # patterns in fp64, several copies
     return SimpleNamespace(
         tokens=tokens[:, :-1],
         topics=topics,
-        masks=masks.to(device),
+        masks=measures.probe_tokens(n, T, cfg.probe_tokens, generator),
         batches=torch.arange(n).split(size))
 
 def pass_over(model, rows, allowed=None, causal=True):
@@ -113,9 +113,7 @@ def pass_over(model, rows, allowed=None, causal=True):
                     z = rows.topics[b[g::GROUPS]]
                     part = measures.attention_sums(pattern[g::GROUPS], z, allowed[depth - 1])
                     groups[g] = measures.add(groups[g], part)
-    joined = []
-    for parts in states:
-        joined.append([torch.cat(split) for split in zip(*parts)])
+    joined = [list(map(torch.cat, zip(*batches))) for batches in states]
     return joined, sums, torch.cat(middle)
 
 def scores(sums, which):
@@ -131,7 +129,7 @@ def row_errors(sums):
     Standard error over rows of P and of excess mass [2, L, H], by the jackknife that leaves out a group at a time
     (Efron & Tibshirani 1993, eq. 11.5).
     """
-    without = [scores(sums, [*range(g), *range(g + 1, GROUPS)]) for g in range(GROUPS)]
+    without = [scores(sums, which) for which in combinations(range(GROUPS), GROUPS - 1)]
     spread = torch.stack(without).std(0, correction=0)
     return spread * (GROUPS - 1) ** 0.5
 
@@ -153,9 +151,11 @@ def unmasked(run, model, rows):
     keys = torch.ones_like(model.allowed(0, rows.tokens.size(1)))
     _, sums, _ = pass_over(model, rows, [keys] * len(model.model.layers), causal=False)
     heads, uniform = head_table(sums, draws=1, seed=0)
-    found = {'causal': False}
-    for key, table in (('mean', heads), ('uniform', uniform)):
-        found[key] = {name: table[name].mean() for name in ('entropy', 'within_all')}
+    names = 'entropy', 'within_all'
+    found = {
+        'causal': False,
+        'mean': {name: heads[name].mean() for name in names},
+        'uniform': {name: uniform[name] for name in names}}
     runs.write_json(f'{run}/unmasked.json', found)
     print(f'{run}/unmasked.json: {runs.plain(found)}')
 
@@ -198,13 +198,12 @@ def example(model, rows, score):
     max-pooled to at most 256 a side, a byte a cell, zlib, base64.
     """
     row = measures.runs(rows.topics)[1].argmax()
-    best = score.nan_to_num().argmax()
-    layer, head = divmod(int(best), score.shape[1])
+    layer, head = torch.unravel_index(score.nan_to_num().argmax(), score.shape)
     _, pattern = list(model.trace(rows.tokens[row][None]))[layer + 1]          # [1, H, T, T]
     pool = -(-pattern.size(2) // 256)
     small = F.max_pool2d(pattern[:, head], pool, ceil_mode=True)[0]
     cells = (small / small.max() * 255).round().byte()                         # [T / pool, T / pool]
-    deflated = zlib.compress(cells.cpu().numpy().tobytes(), 9)
+    deflated = zlib.compress(cells.cpu().numpy(), 9)
     return {
         'layer': layer,
         'head': head,
@@ -227,7 +226,7 @@ def bigrams(meta, tokens):
         code = row_of[tokens]
         prior = data_synth.topic_given_token(P, row_of)[tokens[:, :-1].T]      # [T, n, K]
         joint = prior * data_synth.likelihood(tokens, P, row_of)
-        belief = (joint / joint.sum(2, keepdim=True)).transpose(0, 1)
+        belief = F.normalize(joint, 1, 2).transpose(0, 1)
     return code[:, :-1] * meta['vocab_size'] + code[:, 1:], belief
 
 def bigram_references(rows, meta, keys):
@@ -241,34 +240,32 @@ def bigram_references(rows, meta, keys):
     far = keys.tril(-measures.MIN_DISTANCE)
     sums = None
     for b in rows.batches:
-        weights = [bigram[b][:, :, None] == bigram[b][:, None]]
+        weights = [measures.equal_pairs(bigram[b])]
         if belief is not None:
             weights.append(belief[b] @ belief[b].mT)
         A = (torch.stack(weights, 1).double() + 1e-9) * far                    # [B, 1 or 2, T, T]
-        A = (A / A.sum(-1, keepdim=True)).nan_to_num()                         # the first queries have no far keys
+        A = F.normalize(A, 1, -1)                           # stays 0 at the first queries, which have no far keys
         sums = measures.add(sums, measures.attention_sums(A, rows.topics[b], keys))
     P, _ = measures.score_p(sums)
     O = measures.score_o(measures.other_blocks(sums))
-    found = {}
-    for name, p, o in zip(('equal', 'posterior'), P[:-1], O):                  # the last is uniform attention
-        found[name] = {'score_p': p, 'score_o': o}
-    return found
+    heads = zip(('equal', 'posterior'), P[:-1], O)          # the last is uniform attention
+    return {name: {'score_p': p, 'score_o': o} for name, p, o in heads}
 
 def compare_states(run, other, device):
-    """CKA of the middle layer's states in two run folders, into the row of the first; nothing where one has none, or
-    where they are no newer than that."""
+    """CKA of the middle layer's states in two run folders that have rows, into the row of the first; nothing where one
+    has no states, or where they are no newer than that."""
     path = f'{run}/row.json'
     states = [f'{folder}/states.npy' for folder in (run, other)]
-    row, theirs = runs.read_row(run), runs.read_row(other)
-    if not (row and theirs and all(map(exists, states))):
+    row = runs.read_row(run)
+    name = runs.read_row(other)['condition']
+    if not all(map(exists, states)):
         return
     newest = max(path, *states, key=getmtime)
-    if theirs['condition'] in row['cka'] and newest == path:
+    if name in row['cka'] and newest == path:
         return
     device, *_ = machine(device)
-    X, Y = (torch.from_numpy(np.load(file)).to(device) for file in states)
-    cka = measures.cka(X.flatten(0, 1), Y.flatten(0, 1))    # of [rows * T, n_embd]
-    row['cka'][theirs['condition']] = cka
+    X, Y = (torch.from_numpy(np.load(file)).flatten(0, 1).to(device) for file in states)       # [rows * T, n_embd]
+    row['cka'][name] = measures.cka(X, Y)
     with runs.locked(run):
         runs.write_row(run, row)
 
@@ -304,7 +301,7 @@ def probe_table(c, rows, states, untrained, embedded, posterior):
         'majority': measures.majority(*topics),
         'token': measures.token_identity(*tokens, *topics, c['vocab_size'], c['n_topics'])}
 
-    _, test = rows.masks.cpu()
+    _, test = rows.masks
     distance = measures.distance_from_boundary(rows.topics).cpu()[test]
     by_distance = {
         'distance': measures.BINS,
@@ -355,7 +352,6 @@ def analyse(cfg):
     shown = example(model, rows, attention['heads']['score_p'])
     runs.write_json(f'{cfg.run}/example.json', shown)
     references = NO_REFERENCES | data.meta.get('references', {})
-    seconds = {'train': records[-1]['seconds'], 'analysis': time.time() - clock}
     row = runs.write_row(cfg.run, runs.columns(c) | attention | {
         'main': runs.is_main(cfg.run),
         'measures_version': measures.VERSION,
@@ -369,11 +365,11 @@ def analyse(cfg):
         'curve': runs.curve(records),
         'settings': {key: getattr(cfg, key) for key in SETTINGS},
         **versions(device),
-        'seconds': seconds,
+        'seconds': {'train': records[-1]['seconds'], 'analysis': time.time() - clock},
         'config': c})
     middle = c['n_layer'] // 2
     print(f'{cfg.run}: val loss {row["val_loss"]:.4f}, P {runs.show(row["mean"]["score_p"], ".3f")}, '
-          f'probe[{middle}] {row["probe"]["accuracy"][middle]:.3f}, {seconds["analysis"]:.0f} s')
+          f'probe[{middle}] {row["probe"]["accuracy"][middle]:.3f}, {row["seconds"]["analysis"]:.0f} s')
 
 if __name__ == '__main__':
     command(main, __file__)

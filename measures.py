@@ -37,6 +37,10 @@ def runs(z):
     run = F.pad((z.diff() != 0).cumsum(1), (1, 0))
     return run, run[:, -1] + 1
 
+def equal_pairs(x):
+    """Whether two places of a row hold the same: x [B, T] -> bool [B, T, T]."""
+    return x[:, :, None] == x[:, None]
+
 def rows_alike(z):
     """The rows of topics [n, T] that have the same number of runs: a list of CPU indices, fewest runs first."""
     _, count = runs(z.cpu())
@@ -53,14 +57,12 @@ def exchanged(z, draws, generator):
         for draw in source:
             ring = rows[torch.randperm(len(rows), generator=generator)]
             draw[ring] = ring.roll(1)                                 # each takes its neighbour's
-    changed = source[0] != own
-    return z[source.to(z.device)], changed.to(z.device)
+    return z[source], source[0] != own
 
 def distance_from_boundary(z):
     """Topics [B, T] -> tokens since the start of the run [B, T]; -1 in the first, which no boundary opens."""
     run, _ = runs(z)
-    same_run = run[:, :, None] == run[:, None]
-    so_far = same_run.tril().sum(2)                                   # tokens of the run, this one included
+    so_far = equal_pairs(run).tril().sum(2)                           # tokens of the run, this one included
     return torch.where(run > 0, so_far - 1, -1)
 
 # -----------------------------------------------------------------------------
@@ -83,7 +85,7 @@ def attention_sums(A, z, allowed, min_distance=MIN_DISTANCE):
     uniform = allowed / n_keys[:, None]                               # fp64
     uniform = uniform.expand(len(A), 1, -1, -1)
     A = torch.cat((A, uniform), 1)
-    same = (z[:, :, None] == z[:, None])[:, None]                     # [B, 1, T, T]
+    same = equal_pairs(z)[:, None]                                    # [B, 1, T, T]
     choice = (same & allowed).sum(-1) < n_keys                        # [B, 1, T] other topics are in reach
 
     # mass on keys of the query's topic (within) and on others (cross), and its entropy; each [B, H, T]
@@ -178,7 +180,7 @@ def other_blocks(sums):
     z = torch.stack(sums['z'])
     member = F.one_hot(runs(z)[0]).double()                           # [n, T, R]
     topic = (member * (1 + z)[:, :, None]).amax(1)                    # [n, R], 0 where a row has fewer runs
-    q = (topic[:, :, None] == topic[:, None]).double()                # [n, R, R]
+    q = equal_pairs(topic).double()                                   # [n, R, R]
     p = torch.empty_like(q)
     for rows in rows_alike(z):
         p[rows] = q[rows].mean(0)
@@ -298,12 +300,11 @@ def probe_tokens(n_rows, block, max_tokens, generator):
     Returns train and test, bool [2, n_rows, block], at most max_tokens / 2 each, drawn from a torch.Generator.
     """
     order = torch.randperm(n_rows, generator=generator)
-    masks = torch.zeros(2, n_rows * block, dtype=torch.bool)
+    masks = torch.zeros(2, n_rows, block, dtype=torch.bool)
     for mask, rows in zip(masks, order.tensor_split([n_rows // 2])):
-        tokens = (rows[:, None] * block + torch.arange(block)).flatten()
-        drawn = torch.randperm(len(tokens), generator=generator)
-        mask[tokens[drawn[:max_tokens // 2]]] = True
-    return masks.view(2, n_rows, block)
+        drawn = torch.randperm(len(rows) * block, generator=generator)[:max_tokens // 2]
+        mask[rows[drawn // block], drawn % block] = True
+    return masks
 
 def probe(x_train, y_train, x_test):
     """

@@ -333,15 +333,16 @@ def draw_course(exp, ax, course):
         ax.axhline(rope['mean'], color=colour, label=rope['label'])
     for where, marker, shift in (('kept', 's', 0.98), ('drope', 'o', 1.02)):    # beside one another
         line = [c[where] for c in course]
+        label = line[0]['label']
         steps = [c['steps'] * shift for c in course]
-        low, mean = (np.array([e[key] for e in line], float) for key in ('low', 'mean'))
+        low, mean = np.array([(e['low'], e['mean']) for e in line], float).T
         style = {'color': colour, 'ls': LINES[where]}
         if first['named']:
-            ax.errorbar(steps, mean, mean - low, marker=marker, label=line[0]['label'], **style)
+            ax.errorbar(steps, mean, mean - low, marker=marker, label=label, **style)
             for seed in line[0]['differences']:
                 ax.plot(steps, [e['differences'].get(seed, np.nan) for e in line], alpha=0.2, **style)
         elif where == 'drope' and first['control']:
-            ax.fill_between(steps, low, 2 * mean - low, alpha=0.2, label=line[0]['label'], **style)
+            ax.fill_between(steps, low, 2 * mean - low, alpha=0.2, label=label, **style)
 
 # -----------------------------------------------------------------------------
 

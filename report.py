@@ -5,7 +5,6 @@ Reads runs.jsonl of an experiment folder, or the row.json of its runs. Writes su
     python report.py results/structured         # published rows are enough
 A seed, one (data, initialisation) pair that all arms share, is the unit of every interval and test.
 """
-import functools
 import glob
 from itertools import combinations, product
 from operator import itemgetter
@@ -94,11 +93,10 @@ def t_interval(x):
     half = stats.t.ppf(0.975, n - 1) * stats.sem(x)
     return mean, mean - half, mean + half
 
-@functools.cache
 def patterns(n, k, most=2 ** 16):
     """Choices of one of k for each of n seeds [.., n], the first all 0: every one or, of more, so many drawn."""
     if k ** n <= most:
-        return np.array(list(np.ndindex((k,) * n)))
+        return np.indices((k,) * n).reshape(n, -1).T
     drawn = np.random.default_rng(0).integers(k, size=(most, n))
     drawn[0] = 0
     return drawn
@@ -125,12 +123,10 @@ def fieller(x, y):
 
 def max_t(d):
     """Step-down max-|T| p-values [m], d [n, m]: a seed flips all m measures (Westfall & Young 1993, algorithm 4.1)."""
-    d = np.asarray(d)
-    n, m = d.shape
-    flipped = (1 - 2 * patterns(n, 2)) @ d / n                                  # [flips, m] means
-    sd = np.sqrt(np.maximum((d ** 2).mean(0) - flipped ** 2, 1e-30))            # flips keep the squares
-    T = np.abs(flipped) / sd                                                    # the first row flips nothing
-    p = np.zeros(m)
+    flips = 1 - 2 * patterns(len(d), 2)                     # [flips, n], the first flips nothing
+    norm = np.linalg.norm(d, axis=0)                        # flips keep it, so T rises with |t|
+    T = np.abs(flips @ d) / np.maximum(norm, 1e-30)         # [flips, m]
+    p = np.zeros_like(T[0])
     order = np.argsort(-T[0])
     for i, measure in enumerate(order):
         top = T[:, order[i:]].max(1)                                            # of the measures not yet rejected
@@ -184,7 +180,10 @@ def alike(x, y, measure):
     if measure == 'cka':
         cka = part(x, f'cka.{y["condition"]}') or part(y, f'cka.{x["condition"]}')
         return -np.log(1 - cka) if cka else np.nan
-    P = np.array([part(x, 'heads.score_p'), part(y, 'heads.score_p')], float)           # [2, L, H]
+    profiles = [part(row, 'heads.score_p') for row in (x, y)]
+    if None in profiles:                                    # not analysed yet
+        return np.nan
+    P = np.array(profiles, float)                           # [2, L, H]
     P -= P.mean(2, keepdims=True)
     return np.arctanh(np.corrcoef(P.reshape(2, -1))[0, 1])
 

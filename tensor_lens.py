@@ -33,13 +33,11 @@ def layer_map(block, pattern, scale1, scale2, gate, parts):
     v = v.unflatten(3, (-1, attn.head_dim))                 # [B, T, P, g, head_dim]
     pattern = pattern.unflatten(1, (attn.n_kv_head, -1))    # query head h reads kv head h // group: [B, g, q, T, T]
     heads = torch.einsum('bgqts,bspgd->btpgqd', pattern, v)
-    heads = heads.flatten(3)
-    parts = parts + attn.o_proj(heads)
+    parts = parts + attn.o_proj(heads.flatten(3))
     up = block.mlp.up_proj(scale2[:, :, None] * parts)
     gated = gate[:, :, None] * up
     return parts + block.mlp.down_proj(gated)
 
-@torch.no_grad()
 def carried(model, idx, parts):
     """
     Depth by depth on rows idx [B, T]: hidden [B, T, n_embd]; what the frozen model makes of parts [B, T, P, n_embd];
@@ -65,14 +63,14 @@ def carried(model, idx, parts):
     scale = last[:, :, None]
     yield last * x, scale * parts, scale * own
 
+@torch.no_grad()
 def topic_parts(model, idx, labels, n_topics):
     """
     Depth by depth: (hidden [B, T, n_embd], parts [B, T, M, n_topics, n_embd] whose sum over topics is hidden, for each
     of M labellings [B, T, M] of the tokens idx [B, T], and own [B, T, n_embd], what each position has of itself).
     """
-    x = model.model.embed_tokens(idx).detach()
-    masks = F.one_hot(labels, n_topics).to(x)
-    masks = masks.flatten(2)                                # [B, T, M * n_topics]
+    x = model.model.embed_tokens(idx)
+    masks = F.one_hot(labels, n_topics).flatten(2)          # [B, T, M * n_topics]
     parts = masks[..., None] * x[:, :, None]
     for hidden, parts, own in carried(model, idx, parts):
         by_topic = parts.unflatten(2, (-1, n_topics))
@@ -81,14 +79,14 @@ def topic_parts(model, idx, labels, n_topics):
 # -----------------------------------------------------------------------------
 # the share of a position's own topic
 
-def share_sums(hidden, mine, own, against, counts):
+def share_sums(parts, against, counts):
     """
-    Sums over the positions that count [T, M], fp64 [3, M], of projections on `against` [T, n_embd]: of the whole state
-    hidden [T, n_embd], of the own topic's part mine [T, M, n_embd] and of the own token's part own [T, n_embd].
+    Sums over the positions that count [T, M], fp64 [3, M], of projections on `against` [T, n_embd] of three parts: the
+    whole state [T, 1, n_embd], what its topic made of it [T, M, n_embd], what its token did [T, 1, n_embd].
     hidden / |hidden|^2 makes these shares of the state, a row of the readout parts of a logit.
     """
     sums = []
-    for part in (hidden[:, None], mine, own[:, None]):
+    for part in parts:
         projection = torch.einsum('tmn,tn->tm', part, against)
         sums.append((projection.double() * counts).sum(0))
     return torch.stack(sums)
@@ -103,12 +101,12 @@ def row_sums(model, tokens, labels, n_topics):
     for hidden, parts, own in depths:
         hidden = hidden[0]
         mine = parts[0].take_along_dim(labels[..., None, None], 2).squeeze(2)
-        three = hidden, mine, own[0]
+        three = hidden[:, None], mine, own[0, :, None]
         against = hidden / hidden.pow(2).sum(1, keepdim=True)
-        sums.append(share_sums(*three, against, counts))
+        sums.append(share_sums(three, against, counts))
     W = model.model.embed_tokens.weight
     against = (W - W.mean(0))[tokens[1:]]                   # the mean over the vocabulary is nothing to softmax
-    sums.append(share_sums(*three, against, counts))
+    sums.append(share_sums(three, against, counts))
     return torch.stack(sums)
 
 def with_chance(part, whole, least):

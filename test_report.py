@@ -223,6 +223,7 @@ def test_profile_and_cka_by_hand():
         assert ('profile' in {e['measure'] for e in effects(HEADER, made)}) == (reliability >= 0.8)
     two = [r for r in rows if r['order'] != 'reshuffled']
     assert compared(two, TOPIC, 'rope', 'cka')['n'] == 0                   # not from one shuffle
+    assert np.isnan(report.alike({}, rows[0], 'profile'))                  # not analysed yet
 
 def test_equal_loss():
     """Arms that differ in loss alone do not differ at equal loss; a shift of the measure is found; no extrapolation."""
