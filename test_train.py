@@ -23,7 +23,8 @@ import shards
 from bench import plain_step
 from model import build
 from optim import optimizers
-from runs import read_log
+from report import value
+from runs import read_log, row_of_log
 from train import ORDERS, compiled, count_topics, lr_scale, row_order, training_step
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -82,8 +83,8 @@ def refuses(done, *words):
 def dataset(tmp_path_factory):
     """100 rows of 33 tokens over 20 symbols and 3 topics, of unequal sizes; no structure is needed here."""
     rng = np.random.default_rng(0)
-    topics = rng.choice(3, (100, 1), p=(0.5, 0.3, 0.2)) + np.zeros((100, 33), int)
-    topics[:, 20:] = rng.integers(0, 3, (100, 1))
+    first, then = rng.choice(3, (2, 100, 1), p=(0.5, 0.3, 0.2))
+    topics = np.where(np.arange(33) < rng.integers(8, 25, (100, 1)), first, then)
     tokens = (rng.integers(0, 20, (100, 33)) + topics) % 20
     folder = str(tmp_path_factory.mktemp('data') / 'tiny')
     shards.write(folder, dict(train=tokens, train_topics=topics, val=tokens[:16], val_topics=topics[:16]),
@@ -297,6 +298,20 @@ def test_bench_compares_numbers_of_processes(tmp_path):
     one, same, more = json.load(open(tmp_path / 'out/bench/default_scaling.json'))['rows']
     assert [(row['gpus'], row['batch_size']) for row in (one, same, more)] == [(1, 8), (2, 8), (2, 16)]
     assert more['ratio'] == pytest.approx(16 / more['ms_per_step'] / (8 / one['ms_per_step'])) and one['ratio'] == 1
+
+def test_the_environment_is_told_in_one_line(dataset, tmp_path):
+    good = [*TINY, f'--data_dir={dataset}', '--max_iters=2', f'--run={tmp_path}/run']
+    alone = spawn(command('train.py', *good), env={'RANK': '0', 'WORLD_SIZE': '1'})
+    refuses(alone, 'RANK', 'MASTER_ADDR', 'torchrun')
+    (tmp_path / 'windows.py').write_bytes(b'\xef\xbb\xbfmax_iters = 2\r\neval_rows = 3\r\n')
+    succeeds(run('train.py', f'{tmp_path}/windows.py', *good))
+    succeeds(spawn(command('plot.py', tmp_path), env={'MPLBACKEND': 'module://nowhere'}))      # not analysed yet
+    assert set(os.listdir(tmp_path / 'figures')) == {'loss.png', 'order.png'}
+    assert value(row_of_log(f'{tmp_path}/run'), 'val_loss') > 0
+
+def test_cores_that_may_be_used():
+    one_core = ['taskset', '-c', '0', sys.executable, '-c', 'import machine as m; print(m.threads(), m.threads(9))']
+    assert spawn(one_core, HERE).stdout == '1 1\n'
 
 # -----------------------------------------------------------------------------
 # DroPE
