@@ -202,6 +202,9 @@ def test_there_already_or_with_other_parameters(tmp_path, capsys):
             '--concentration=9')
     refused('--data_script=', data_synth.main, config(f'--data_dir={tmp_path}/seed0', *SMALL))
     assert sorted(os.listdir(tmp_path)) == ['.seed0.lock', 'seed0'] and 'seed0' not in os.listdir(tmp_path / 'seed0')
+    (tmp_path / 'seed1').mkdir()
+    refused('is no dataset', build, tmp_path, '--seed=1')
+    refused('cannot be written', shards.is_there, '/proc/x', META)             # where even root may not write
 
 META = {'vocab_size': 10, 'block_size': 4, 'n_topics': 2}       # somebody's own labelled tokens: rows of 5
 OWN = {'train': np.arange(30).reshape(6, 5) % 10, 'train_topics': np.arange(30).reshape(6, 5) % 2,
@@ -247,14 +250,6 @@ def test_the_bad_file_is_named(tmp_path, change, line):
         (tmp_path / 'x' / change[0]).write_bytes(change[1])
         refused(line, shards.read, tmp_path / 'x')
 
-def test_unwritable(tmp_path):
-    (tmp_path / 'file').write_text('')
-    refused('cannot be written', shards.write, tmp_path / 'file' / 'x', OWN, META)
-    for folder in (tmp_path / 'file' / 'x', '/proc/x'):                     # where even root may not write
-        refused('cannot be written', shards.is_there, folder, META)
-    (tmp_path / 'seed0').mkdir()
-    refused('is no dataset', build, tmp_path)
-
 def test_kill_leaves_no_dataset(tmp_path):
     """A process that dies while it writes: its temporary folder is no dataset, and in nobody's way."""
     code = ('import os, signal, sys, test_data as t, shards\n'
@@ -269,12 +264,3 @@ def test_kill_leaves_no_dataset(tmp_path):
     other.rmdir()
     shards.write(tmp_path / 'x', OWN, META)
     assert sorted(os.listdir(tmp_path)) == ['x', left] and shards.read(tmp_path / 'x')
-
-def test_what_a_config_defines_to_derive_its_values_is_no_key(tmp_path):
-    """Modules, functions and classes, its own and imported ones; what else it sets must be a key of some script."""
-    path = tmp_path / 'own.py'
-    text = 'import math\nfrom math import sqrt\nclass Size: tokens = 9\ndef half(x): return x // 2\n'
-    path.write_text(text + 'n_topics, vocab_size = half(Size.tokens), int(sqrt(144))  # naïve, in UTF-8\n', 'utf-8')
-    assert configure('data_synth.py', [str(path)]).overrides == {'n_topics': 4, 'vocab_size': 12}
-    path.write_text(text + 'n_topic = 3\n')
-    refused("unknown key 'n_topic'; did you mean 'n_topics'?", configure, 'data_synth.py', [str(path)])

@@ -199,6 +199,7 @@ def test_undefined_is_nan():
     for key in ('within', 'within_cross_ratio', 'score_p', 'score_o', 'entropy_cross'):
         assert np.isnan(out[key]).all()
     assert (out['o_p'] == 1).all() and (out['o_z'] == 0).all() and (out['within_all'] > 1 - 1e-6).all()
+    assert analyze.outcome(2.5, {'bigram': 2.0, 'filter': 2.0})['gap_closed'] is None       # there is none to close
 
 def test_runs_and_distances():
     z = torch.tensor([[3, 3, 1, 1, 1, 3], [0, 0, 0, 0, 0, 0]])

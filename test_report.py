@@ -86,7 +86,8 @@ def test_fieller():
     assert (low, high) == pytest.approx((brentq(p, -9, ratio), brentq(p, ratio, 99)))
     y -= 0.9
     assert report.fieller(dict(enumerate(x)), dict(enumerate(y)))[1:] == (None, None) and p(1e6) > 0
-    assert report.fieller({0: 1.0}, {0: 2.0}) == (None, None, None)
+    for y in ({0: 2.0}, {0: 0.0, 1: 0.0}):
+        assert report.fieller({0: 1.0, 1: 2.0}, y) == (None, None, None)
 
 def test_max_t():
     rng = np.random.default_rng(0)
