@@ -14,7 +14,7 @@ from model import load
 from tensor_lens import carried, own_topic_shares, topic_parts
 from test_measures import make_rows
 from test_model import fork, tiny
-from test_train import TINY, run, succeeds
+from test_train import dataset, run, succeeds, two_runs                         # noqa: F401 (dataset is a fixture)
 
 CASES = [*itertools.product(('mha', 'gqa 2:1', 'gqa 3:1'), (True, False)), ('gqa 2:1', 'fork')]
 
@@ -135,20 +135,14 @@ def test_too_little_to_share_is_null(share, monkeypatch):
     assert (lens['projection_others']['value'][1] is None) == (share < 0.01)
     assert lens['projection']['value'] == pytest.approx([0.5] * 6)
 
-def test_script(tmp_path):
+def test_script(dataset, tmp_path, monkeypatch):
     """The row of a run has what own_topic_shares finds; the draws come from its seed; fp32 is precise enough."""
-    rng, z = np.random.default_rng(0), make_rows(220, T=49, K=3, min_run=9, seed=0).numpy()
-    tokens = (rng.integers(0, 5, z.shape) + 4 * z + np.arange(49) % 3) % 20
-    arrays = dict(train=tokens[20:], train_topics=z[20:], val=tokens[:20], val_topics=z[:20])
-    shards.write(f'{tmp_path}/data', arrays, dict(vocab_size=20, block_size=48, n_topics=4))
-    at = f'{tmp_path}/run'
-    succeeds(run('train.py', *TINY, f'--data_dir={tmp_path}/data', '--max_iters=80', f'--run={at}'))
-    succeeds(run('analyze.py', f'--run={at}', '--lens_rows=16'))
-    lens = runs.read_row(at)['lens']
-    model, idx = load(at).double(), torch.from_numpy(tokens[:16])
-    assert model.model.layers[0].mlp.up_proj.weight.std() > 0.1                # it has trained, 0.02 at init
-    found = runs.plain(own_topic_shares(model, idx, torch.from_numpy(z[:16, :-1]), 4, 5, seed=0))
+    monkeypatch.chdir(tmp_path)
+    _, at = two_runs(dataset, 'mha_shuffled_rope/seed0')    # the one without RoPE
+    succeeds(run('analyze.py', f'--run={at}'))
+    data, lens = shards.read(dataset), runs.read_row(at)['lens']
+    tokens, z = (torch.from_numpy(x.astype(int)) for x in (data.val, data.val_topics))
+    found = runs.plain(own_topic_shares(load(at).double(), tokens, z[:, :-1], 3, 5, seed=0))
     for name, levels in found.items():
         for key, values in levels.items():
             assert np.array(lens[name][key], float) == pytest.approx(np.array(values, float), abs=1e-3, nan_ok=True)
-    assert None in lens['projection_others']['chance']
