@@ -14,8 +14,8 @@ from sklearn.preprocessing import StandardScaler
 import analyze
 import data_synth
 import measures as M
-
-torch.set_num_threads(1)                                         # small tensors: more threads only wait
+from configurator import configure
+from test_train import HERE
 
 def make_rows(n, T=128, K=5, seed=0, min_run=16, repeats=False, merged=0):
     """Topics [n, T] of the group chain: 2-5 segments; the topics up to `merged` are one, so they are not as likely."""
@@ -28,9 +28,6 @@ KINDS = [dict(), dict(repeats=True), dict(merged=1)]
 def normalise(weight):
     weight = weight.tril().double()
     return weight / weight.sum(-1, keepdim=True)
-
-def distances(T):
-    return (torch.arange(T)[:, None] - torch.arange(T)).clamp(min=0).double()
 
 def run_heads(z):
     """Heads that see boundaries but no topics: own run, .3 of it per boundary, the run before [B, 3, T, T]."""
@@ -46,7 +43,8 @@ def topic_heads(z):
     same = (z[:, :, None] == z[:, None, :]).double()
     apart = (same * (run[:, :, None] != run[:, None, :])).tril()
     apart = apart + torch.eye(z.shape[1]) * (apart.sum(-1, keepdim=True) == 0)
-    near = (-distances(z.shape[1]) / 64).exp()
+    t = torch.arange(z.shape[1])
+    near = ((t - t[:, None]) / 64).exp()
     heads = same, apart, near * (0.1 * same).exp(), near * (0.3 * same).exp(), 1 - 0.6 * same
     return torch.stack([normalise(w) for w in heads], 1)
 
@@ -153,18 +151,6 @@ def test_position_alone_scores_zero(kind):
         return gated(anywhere, near[:, None] * torch.rand(len(z), 30, 128, generator=g))
     assert (np.abs(measured(streamed(heads, z))['score_p']) < 1e-12).all()
 
-def test_p_of_planted_topic_heads():
-    """Log-odds c on the query's topic, on a decay of 64; last, .3 in a head that goes to the sink past a boundary."""
-    def heads(z):
-        same = (z[:, :, None] == z[:, None]).double()
-        A = torch.stack([normalise((c * same - distances(256) / 64).exp()) for c in (-3, -1, -.3, .3, 1, 3)], 1)
-        after = M.distance_from_boundary(z)                      # -1 before the first
-        return torch.cat((A, gated(A[:, 3:4], (0.02 + 0.98 * ((after >= 0) & (after < 16)))[:, None])), 1)
-    samples = [measured(streamed(heads, make_rows(400, T=256, min_run=32, seed=k)))['score_p'] for k in range(3)]
-    *P, past = np.mean(samples, 0)
-    assert P == pytest.approx([-1.17, -.45, -.14, .14, .46, 1.49], abs=0.05)
-    assert past == pytest.approx(P[3], abs=0.02)
-
 @pytest.mark.parametrize('repeats', [False, True])
 def test_null_is_calibrated(repeats):
     """300 draws of 60 rows, a head that leaks over boundaries and one of noise: p uniform. Topical heads are found;
@@ -201,10 +187,8 @@ def test_undefined_is_nan():
     assert (out['o_p'] == 1).all() and (out['o_z'] == 0).all() and (out['within_all'] > 1 - 1e-6).all()
     assert analyze.outcome(2.5, {'bigram': 2.0, 'filter': 2.0})['gap_closed'] is None       # there is none to close
 
-def test_runs_and_distances():
+def test_distances():
     z = torch.tensor([[3, 3, 1, 1, 1, 3], [0, 0, 0, 0, 0, 0]])
-    run, count = M.runs(z)
-    assert run.tolist() == [[0, 0, 1, 1, 1, 2], [0] * 6] and count.tolist() == [3, 1]
     assert M.distance_from_boundary(z).tolist() == [[-1, -1, 0, 1, 2, 0], [-1] * 6]
     distance = np.array([-1, 0, 1, 2, 3, 4, 7, 8, 127, 128, 500, -1])
     out = M.by_distance(np.array([0, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0, 0], bool), distance)
@@ -216,13 +200,11 @@ def test_error_over_rows():
     for k in range(40):
         z = make_rows(80, T=64, min_run=8, seed=k)
         sums = [[M.attention_sums(topic_heads(z[g::8]), z[g::8], causal(z)) for g in range(8)]]
-        halves = [analyze.scores(sums, range(half, 8, 2)) for half in (0, 1)]
-        found.append((analyze.scores(sums, range(8)), analyze.row_errors(sums), sum(halves) / 2))
-    whole, errors, halves = (torch.stack(x)[:, :, 0] for x in zip(*found))     # [40, 2, H]
+        found.append((analyze.scores(sums, range(8)), analyze.row_errors(sums)))
+    whole, errors = (torch.stack(x)[:, :, 0] for x in zip(*found))             # [40, 2, H]
     spread = whole.std(0)
     moving = spread > 1e-9
     assert ((errors.square().mean(0).sqrt() / spread)[moving] - 1).abs().max() < 0.35 and moving.any(1).all()
-    assert (halves - whole)[:, 0].abs().mean() < spread[0].max()
 
 def test_reliability():
     """Noise as large as the profile, on each half: r = 1/2, so 2/3 for all rows. The level of a layer says nothing."""
@@ -233,14 +215,12 @@ def test_reliability():
 
 def test_bigram_references():
     """A seed of config/structured.py, against the mean of 8."""
-    meta = dict(kind='synthetic', chain='group', n_topics=5, vocab_size=512, block_size=256, seed=1, beta=1.5,
-                n_groups=32, min_segment_len=32, repeats=False)
-    chain = SimpleNamespace(**meta)
-    _, *search, _, val_stream = data_synth.make_chains(chain, 'cpu')
-    drawn = data_synth.draw_rows(chain, val_stream, 1000, data_synth.VAL_SEGMENTS, *search)
+    cfg = configure('data_synth.py', [f'{HERE}/config/structured.py', '--seed=1'])
+    _, *search, _, val_stream = data_synth.make_chains(cfg, 'cpu')
+    drawn = data_synth.draw_rows(cfg, val_stream, 1000, data_synth.VAL_SEGMENTS, *search)
     tokens, z = (torch.from_numpy(x[:400, :-1].astype(int)) for x in drawn)
     rows = SimpleNamespace(tokens=tokens, topics=z, batches=torch.arange(400).split(20))
-    found = analyze.bigram_references(rows, meta, causal(z))
+    found = analyze.bigram_references(rows, data_synth.parameters(cfg), causal(z))
     for name, P, O in (('equal', .138, .216), ('posterior', .201, .290)):
         assert {k: x.item() for k, x in found[name].items()} == pytest.approx({'score_p': P, 'score_o': O}, abs=0.02)
 

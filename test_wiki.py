@@ -238,7 +238,7 @@ def kill_everywhere(tmp):
             os._exit(0)
         return os.waitpid(child, 0)[1]
     assert in_child(f'--data_dir={tmp}/whole', f'--work_dir={tmp}/whole_work') == 0
-    os.replace = replace
+    os.replace = os.rename = replace
     prepare_wiki.article = lambda record: [tell('article'), article(record)][1]
     assert any(in_child() == 0 for _ in range(60))
 
@@ -247,6 +247,7 @@ def test_killed_anywhere(fresh):
     call = f'import test_wiki; test_wiki.kill_everywhere({str(fresh)!r})'      # in a process that forks: of one thread
     succeeds(spawn([sys.executable, '-c', call], HERE))
     assert same(fresh / 'data', fresh / 'whole')
+    assert len(glob.glob(f'{fresh}/data.tmp-*')) == 2      # before meta.json was there, and before the folder's name
     log = open(fresh / 'log').read().splitlines()
     arrays = [line for line in log if line.endswith('.npy')]
     assert log.count('article') == 2 * 94 and len(set(arrays)) == 3 + 3 + 4 and len(arrays) == 2 * len(set(arrays))
