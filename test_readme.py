@@ -1,4 +1,4 @@
-"""README.md can not rot: the scripts know its commands, its tables are published, its tests exist. And every -h."""
+"""Configs; and README.md can not rot: scripts know its commands, its tables are published, its tests exist."""
 import ast
 import glob
 import os

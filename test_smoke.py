@@ -112,7 +112,6 @@ def test_recalibration_reads_mixed_rows_in_every_arm(workspace):
     for kind in ('drope', 'kept'):
         pure, mixed = config(f'mha_shuffled_pure_{kind}'), config(f'mha_shuffled_{kind}')
         assert {k for k in pure if pure[k] != mixed[k]} == {'parent', 'parent_max_segments'}
-        assert pure['max_segments'] == 5
     digests = [torch.load(f'out/tiny/{arm}_drope/seed0/ckpt.pt', weights_only=True)['rows']
                for arm in ('mha_shuffled', 'mha_topic_c4', 'mha_shuffled_pure')]
     assert len(set(digests)) == 1
