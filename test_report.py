@@ -304,7 +304,8 @@ def test_every_figure_is_drawn(tmp_path, seeds):
     assert len(sizes) == 8 and min(sizes) > 5000
 
 def test_figures_show_the_rows(tmp_path):
-    """P of a head is the mean over seeds at its place, the order begins at step 0, effects are report.py's."""
+    """P of a head is the mean over seeds at its place, the order begins at step 0, effects and course are
+    report.py's."""
     exp = written(tmp_path, seeds=(0, 1))
     panels = [ax for ax in plot.plot_heads(exp).axes if ax.get_title().startswith('mha_reverse_drope')]
     assert np.ma.allclose(panels[0].images[0].get_array()[:, [0, 2]], [[0.05, 0.3], [0.1, 0.4]]) and len(panels) == 1
@@ -317,9 +318,7 @@ def test_figures_show_the_rows(tmp_path):
     marks = {tuple(line.get_xydata()[0]) for line in panel.lines if len(line.get_xdata()) == 1}
     assert {y for _, y in marks} == set(range(len(labels)))
     assert (len('reverse') - len('shuffled'), labels.index('mha_reverse - mha_shuffled, alibi')) in marks
-
-def test_course_shows_the_primary_beside_its_control(tmp_path):
-    ax, = plot.plot_course(written(tmp_path, seeds=(0, 1))).axes
+    ax, = plot.plot_course(exp).axes                        # the primary measure, beside the control with RoPE kept
     shown = dict(zip(*reversed(ax.get_legend_handles_labels())))
     of = 'mha_reverse - mha_shuffled, '
     assert shown.keys() == {of + 'rope', of + 'kept', of + 'drope', 'mha_pseudo - mha_shuffled, drope'}

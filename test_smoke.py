@@ -20,7 +20,6 @@ import torch
 import configurator
 import measures
 import plot
-import report
 import run_experiment
 import runs
 import shards
@@ -60,14 +59,12 @@ def without(rows, *keys):
     return {name: {k: v for k, v in r.items() if k not in keys} for name, r in rows.items()}
 
 def test_experiment(workspace):
-    header, rows = runs.read_rows('out/tiny')
+    _, rows = runs.read_rows('out/tiny')
     assert len(rows) == 5 * (1 + 2 * 2) + 5 * (1 + 2)           # rope + {drope, kept} x two lengths, then one
     assert {r['condition'] for r in rows} == {f'{arm}_{kind}' for arm in ARMS for kind in ('rope', 'drope', 'kept')}
     r = rows_of('out/tiny')['gqa_topic_ordered_drope', 1, 6]
-    reference = r['references']
-    assert reference['oracle'] < reference['filter'] < reference['bigram'] < reference['uniform']
     assert r['measures_version'] == measures.VERSION
-    assert r['excess'] == pytest.approx(r['val_loss'] - reference['filter'], abs=2e-8)      # rows have nine digits
+    assert r['excess'] == pytest.approx(r['val_loss'] - r['references']['filter'], abs=2e-8)   # rows have nine digits
     assert np.shape(r['heads']['score_p']) == (2, 2)
     assert len(r['probe']['accuracy']) == len(r['probe']['references']['control']) == 3
     assert np.mean(r['heads']['entropy']) == pytest.approx(r['mean']['entropy']) and r['uniform']['qk_rank'] > 1
@@ -85,8 +82,6 @@ def test_experiment(workspace):
     assert '40 runs' in printed.split('\n', 1)[0] and len(lines) == 40 and all(': val loss' in line for line in lines)
     assert page.startswith('out/tiny/mha_shuffled_rope/seed0/view.html: ')
     assert printed.count('\n') < 90 and text.split('\n## ')[0] in printed and 'figures: out/tiny/figures' in printed
-    contrasts = {tuple(e['arms']) for e in report.effects(header, rows)}
-    assert {(f'mha_{order}', 'mha_shuffled') for order in ('topic_ordered', 'topic_c4', 'shuffled_pure')} <= contrasts
     for path in glob.glob('out/tiny/**/*.json*', recursive=True):   # no NaN anywhere
         if not path.endswith('.lock'):
             assert 'NaN' not in open(path).read() and 'Infinity' not in open(path).read()
@@ -115,17 +110,6 @@ def test_recalibration_reads_mixed_rows_in_every_arm(workspace):
     digests = [torch.load(f'out/tiny/{arm}_drope/seed0/ckpt.pt', weights_only=True)['rows']
                for arm in ('mha_shuffled', 'mha_topic_c4', 'mha_shuffled_pure')]
     assert len(set(digests)) == 1
-
-def test_another_dataset_in_its_place(workspace, tmp_path):
-    """A run whose dataset was made again with other chains does not go on with those, and says so in one line."""
-    shutil.copytree('data/tiny', tmp_path / 'data')
-    shutil.copytree('out/tiny/mha_shuffled_rope/seed1', tmp_path / 'run')
-    config = runs.read_config(tmp_path / 'run') | {'data_dir': str(tmp_path / 'data')}
-    runs.write_json(f'{tmp_path}/run/config.json', config)
-    meta = runs.read_json(tmp_path / 'data/seed1/meta.json')
-    runs.write_json(f'{tmp_path}/data/seed1/meta.json', meta | {'beta': 1.5})
-    done = run('drope.py', f'--run={tmp_path}/run')
-    refuses(done, 'wants another dataset', 'beta = 1.5 there, here 2.0')
 
 def test_published_figures_can_be_drawn_again(workspace, tmp_path):
     """Report and figures come from the published rows alone, and are the same to the byte."""
