@@ -1,12 +1,10 @@
 """Exports as others open them: transformers, its tokenizers and TransformerLens, through the real script."""
 import contextlib
-import errno
 import itertools
 import os
 import re
 import shutil
 import textwrap
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -15,7 +13,6 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.models import WordLevel
 
-import export_hf
 import runs
 import shards
 from model import Qwen3, causal_bias, load
@@ -49,7 +46,7 @@ def home(tmp_path_factory):
             text_dataset(f'data/{arm}')
             two_runs(f'data/{arm}', folder_of(arm, 'rope'), *flags)
         for arm, kind in CASES:
-            export_hf.main(SimpleNamespace(run=folder_of(arm, kind), out_dir=f'out/{arm}_{kind}'))
+            succeeds(run('export_hf.py', f'--run={folder_of(arm, kind)}', f'--out_dir=out/{arm}_{kind}'))
     return home
 
 def ours(home, arm, kind):
@@ -116,7 +113,7 @@ def test_bad_exports(home, tmp_path, monkeypatch):
         patch.setattr(Qwen3, 'positions', lambda model, layer, T: (None, causal_bias(T)))
         says('other positions', 'cannot be exported')
     with monkeypatch.context() as patch:
-        patch.setattr(os, 'replace', Mock(side_effect=OSError(errno.ENOSPC, 'No space left on device')))
+        patch.setattr(os, 'replace', Mock(side_effect=OSError(28, 'No space left on device')))
         says('hf', 'No space left')
     large = Tokenizer(WordLevel({'a': 400})).to_str()
     for text, words in (('{"model": ', 'make the dataset again'), (large, 'only 400 tokens')):

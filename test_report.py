@@ -1,7 +1,6 @@
 """Statistics, tables and figures, from rows made by hand."""
 import base64
 import itertools
-import os
 import zlib
 
 import numpy as np
@@ -292,8 +291,8 @@ def written(folder, seeds):
     example = {'layer': 1, 'head': 2, 'score_p': None, 'topics': [0, 0, 8, 8, 8, 1, 1, 1], 'uint8': pixels}
     compare = COMPARE | {'primary': ['score_p', 'reverse', 'drope']}
     header = HEADER | {'compare': compare}
-    runs.write_text(os.path.join(folder, 'runs.jsonl'), runs.dump_rows(header, rows))
-    runs.write_json(os.path.join(folder, 'examples.json'), {'mha_reverse_rope': example})
+    runs.write_text(f'{folder}/runs.jsonl', runs.dump_rows(header, rows))
+    runs.write_json(f'{folder}/examples.json', {'mha_reverse_rope': example})
     return plot.load(str(folder))
 
 @pytest.mark.parametrize('seeds', [(0, 1), (3,)])

@@ -17,14 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-import configurator
 import measures
 import plot
 import run_experiment
 import runs
 import shards
-from configurator import SCRIPTS, configure
-from runs import curve, orderedness
+from configurator import SCRIPTS, be_patient, configure
 from test_train import (ENV, HERE, TINY, command, dataset, refuses, run,         # noqa: F401 (dataset is a fixture)
                         spawn, succeeds)
 
@@ -170,18 +168,15 @@ def test_unmasked_columns(workspace, tmp_path):
 def test_published_rows_do_not_hide_another_run(workspace):
     """A run with other settings stops the command, though a row with these is published; `main` is the folder's; an
     arm or a seed that is named twice is one."""
-    os.rename('out/tiny', 'out/aside')
-    args, name = ('tiny.py', '--arms=mha_shuffled,mha_shuffled', '--seeds=0,0'), 'tiny/mha_shuffled_rope/seed0'
-    config = runs.read_config('out/aside/mha_shuffled_rope/seed0')
-    runs.write_json(f'out/{name}/config.json', config | {'max_iters': 4})
+    args = ['tiny.py', '--out_dir=other/tiny', '--arms=mha_shuffled,mha_shuffled', '--seeds=0,0']
+    config = runs.read_config('out/tiny/mha_shuffled_rope/seed0')
+    runs.write_json('other/tiny/mha_shuffled_rope/seed0/config.json', config | {'max_iters': 4})
     refuses(run('run_experiment.py', *args), 'max_iters = 4, here 12')
-    shutil.rmtree('out/tiny')
+    shutil.rmtree('other')
     done = succeeds(run('run_experiment.py', *args, '--recal_iters=2,0.5'))
     assert '1 arms x 1 seeds, 5 runs' in done.stdout and 'to do: 0 of 1' in done.stdout
-    main = {key[2]: row['main'] for key, row in rows_of('out/tiny').items() if key[0].endswith('drope')}
+    main = {key[2]: row['main'] for key, row in rows_of('other/tiny').items() if key[0].endswith('drope')}
     assert main == {2: True, 6: False}
-    shutil.rmtree('out/tiny')
-    os.rename('out/aside', 'out/tiny')
 
 def test_experiment_goes_on_where_it_stopped(workspace):
     """What is done is skipped. A row of an older version of the measures is made again where its checkpoint is, and
@@ -274,7 +269,7 @@ def test_output_stops_nothing(workspace, monkeypatch):
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
     monkeypatch.setattr(sys, 'stdout', ascii_only)
     monkeypatch.setattr(sys, 'stderr', sys.stderr)
-    configurator.be_patient()
+    be_patient()
     print('—')
     assert ascii_only.buffer.getvalue() == b'' and sys.stdout.flush() is None and ascii_only.buffer.getvalue() == b'?\n'
 
@@ -304,13 +299,13 @@ def test_a_new_key_does_not_void_old_runs():
 
 def test_orderedness_and_curve():
     bins = lambda *counts: [{'topics': list(c)} for c in counts]
-    assert orderedness(bins((10, 0), (0, 10)), 'topics') == pytest.approx(1)
-    assert orderedness(bins((5, 5), (5, 5)), 'topics') == pytest.approx(0)
-    assert 0.1 < orderedness(bins((8, 2), (2, 8)), 'topics') < 0.5
-    assert orderedness([{'topics': [0, 0]}], 'tokens') is orderedness(bins((5, 0), (4, 0)), 'topics') is None
+    assert runs.orderedness(bins((10, 0), (0, 10)), 'topics') == pytest.approx(1)
+    assert runs.orderedness(bins((5, 5), (5, 5)), 'topics') == pytest.approx(0)
+    assert 0.1 < runs.orderedness(bins((8, 2), (2, 8)), 'topics') < 0.5
+    assert runs.orderedness([{'topics': [0, 0]}], 'tokens') is runs.orderedness(bins((5, 0), (4, 0)), 'topics') is None
     records = [{'step': i, 'loss': float(i), 'val_loss': i / 2 if i % 50 == 0 else None, 'lr': 0.1, 'topics': [1, i]}
                for i in range(1001)]
-    found = curve(records)
+    found = runs.curve(records)
     assert 90 < len(found['step']) <= 120 and found['step'][-1] == 1000 and np.sum(found['topics'], 0)[0] == 1001
     assert [v for v in found['val_loss'] if v is not None] == [i / 2 for i in range(0, 1001, 50)]
 

@@ -3,9 +3,7 @@ import contextlib
 import functools
 import io
 import itertools
-import json
 import os
-import random
 import runpy
 import shutil
 import signal
@@ -24,7 +22,7 @@ from bench import plain_step
 from model import build
 from optim import optimizers
 from report import value
-from runs import read_log, row_of_log
+from runs import read_json, read_log, row_of_log
 from train import ORDERS, compiled, count_topics, lr_scale, row_order, training_step
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -182,14 +180,14 @@ def test_resume_after_kill_is_bit_equal(dataset, tmp_path, dtype):
     bf16 it works with bf16 copies of its weights; the checkpoint has the fp32 ones."""
     seed = time.time_ns()
     print('kills drawn with seed', seed)
-    rng = random.Random(seed)
+    rng = np.random.default_rng(seed)
     train_args = [*TINY, f'--data_dir={dataset}', '--order=topic', '--cycles=2', '--max_iters=60', '--eval_interval=10']
     for script, kind, args in (('train.py', 'rope', train_args), ('drope.py', 'drope', ['--recal_iters=60'])):
         whole, killed = (f'{tmp_path}/{name}_{kind}/seed0' for name in ('whole', 'killed'))
         succeeds(run(script, *args, f'--dtype={dtype}', f'--run={tmp_path}/whole_rope/seed0'))
         again = script, *args, f'--dtype={dtype}', f'--run={tmp_path}/killed_rope/seed0'
-        kill_at(rng.randint(1, 9), killed, command(*again))        # only the checkpoint of step 0 is there
-        kill_at(rng.randint(12, 45), killed, command(*again))      # between two
+        kill_at(rng.integers(1, 9), killed, command(*again))        # only the checkpoint of step 0 is there
+        kill_at(rng.integers(12, 45), killed, command(*again))      # between two
         died = spawn([sys.executable, '-c', f'import test_train; test_train.die_while_saving(*{again})'], HERE)
         assert died.returncode == -signal.SIGKILL and os.path.exists(f'{killed}/ckpt.pt.tmp')
         succeeds(run(*again))
@@ -295,7 +293,7 @@ def test_bench_compares_numbers_of_processes(tmp_path):
     args = [*TINY, '--vocab_size=20', '--block_size=32', '--bench_steps=10', '--scaling=True']
     for n in (2, 1, 2):
         succeeds(spawn(command('bench.py', *args, n=n), tmp_path) if n > 1 else run('bench.py', *args, cwd=tmp_path))
-    one, same, more = json.load(open(tmp_path / 'out/bench/default_scaling.json'))['rows']
+    one, same, more = read_json(tmp_path / 'out/bench/default_scaling.json')['rows']
     assert [(row['gpus'], row['batch_size']) for row in (one, same, more)] == [(1, 8), (2, 8), (2, 16)]
     assert more['ratio'] == pytest.approx(16 / more['ms_per_step'] / (8 / one['ms_per_step'])) and one['ratio'] == 1
 
@@ -324,7 +322,7 @@ def test_drop_and_kept_control(dataset, tmp_path):
         succeeds(run('drope.py', f'--run={parent}', '--recal_iters=0.5,4,0', f'--keep_rope={keep}'))
     drope, kept = f'{tmp_path}/mha_shuffled_drope/seed0', f'{tmp_path}/mha_shuffled_kept/seed0'
     for sub, steps in (('', 20), ('/recal_4', 4)):
-        a, b = (json.load(open(f + sub + '/config.json')) for f in (drope, kept))
+        a, b = (read_json(f + sub + '/config.json') for f in (drope, kept))
         assert {k for k in a if a[k] != b[k]} == {'rope', 'keep_rope'} and a['max_iters'] == steps
         rows = [torch.load(f + sub + '/ckpt.pt', weights_only=True)['rows'] for f in (drope, kept)]
         assert rows[0] == rows[1]

@@ -320,14 +320,13 @@ def test_bad_lines(content, match, tmp_path):
 def test_bad_files(tmp_path):
     with runs.locked(tmp_path / 'work'):
         refused('another process is at work there', tmp_path)
-    refused('nothing/here/at/all: cannot be read', tmp_path, '--source=nothing/here/at/all')
-    refused('cannot be written', tmp_path, f'--work_dir={__file__}/work')
     pq.write_table(pa.table({'id': ['1'], 'body': ['x']}), tmp_path / 'x.parquet')
     refused("x.parquet: cannot be read (KeyError: 'title'", tmp_path, f'--source={tmp_path}/x.parquet')
     (tmp_path / 'cut.parquet').write_bytes((tmp_path / 'x.parquet').read_bytes()[:-40])
     refused('cut.parquet: cannot be read', tmp_path, f'--source={tmp_path}/cut.parquet')
 
 @pytest.mark.parametrize('flag, match', [
+    ('source=nowhere/at/all', 'nowhere/at/all: cannot be read'), (f'work_dir={__file__}/x', 'cannot be written'),
     ('embedder=./no_model', 'of no use here'), ('min_segment_len=60', 'what fits 4 times in 97 tokens'),
     ('max_segments=1', 'max_segments = 1'), ('min_segments=5', 'min_segments = 5, max_segments = 4'),
     ('val_share=0.001', 'val_share = 0.001'), ('val_share=0.999', 'val_share = 0.999'), ('block_size=9000', 'one row')])
