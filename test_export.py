@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import textwrap
-from unittest.mock import Mock
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -112,7 +112,7 @@ def test_readme_opens_it_in_transformer_lens():
         ids = Tokenizer.from_file('data/bpe/tokenizer.json').encode(TEXT).ids
         assert theirs.to_tokens(TEXT)[0].tolist() == ids[:32]        # text enters as in the dataset, without a BOS
 
-def test_bad_exports(tmp_path, monkeypatch):
+def test_bad_exports(tmp_path):
     bad, data, out = tmp_path / 'run', tmp_path / 'data', tmp_path / 'out' / 'hf'
     shutil.copytree(folder_of('mha', 'rope'), bad)
     shutil.copytree('data/bpe', data)
@@ -121,11 +121,9 @@ def test_bad_exports(tmp_path, monkeypatch):
     def says(*words):
         refuses(run('export_hf.py', f'--run={bad}', f'--out_dir={out}'), *words)
         assert not out.parent.exists() or not os.listdir(out.parent)
-    with monkeypatch.context() as patch:
-        patch.setattr(Qwen3, 'positions', lambda model, layer, T: (None, causal_bias(T)))
+    with patch.object(Qwen3, 'positions', lambda model, layer, T: (None, causal_bias(T))):
         says('other positions', 'cannot be exported')
-    with monkeypatch.context() as patch:
-        patch.setattr(os, 'replace', Mock(side_effect=OSError(28, 'No space left on device')))
+    with patch.object(os, 'replace', side_effect=OSError(28, 'No space left on device')):
         says('hf', 'No space left')
     large = Tokenizer(WordLevel({'a': 400})).to_str()
     for text, words in (('{"model": ', 'make the dataset again'), (large, 'only 400 tokens')):

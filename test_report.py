@@ -289,8 +289,7 @@ def written(folder, seeds):
                 rows += [made_up(order, where, seed, 5), made_up(order, where, seed, 9, main=False)]
     pixels = base64.b64encode(zlib.compress(np.eye(8, dtype=np.uint8).tobytes())).decode()
     example = {'layer': 1, 'head': 2, 'score_p': None, 'topics': [0, 0, 8, 8, 8, 1, 1, 1], 'uint8': pixels}
-    compare = COMPARE | {'primary': ['score_p', 'reverse', 'drope']}
-    header = HEADER | {'compare': compare}
+    header = HEADER | {'compare': COMPARE | {'primary': ['score_p', 'reverse', 'drope']}}
     runs.write_text(f'{folder}/runs.jsonl', runs.dump_rows(header, rows))
     runs.write_json(f'{folder}/examples.json', {'mha_reverse_rope': example})
     return plot.load(str(folder))

@@ -8,10 +8,9 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
-from unittest.mock import Mock
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ import plot
 import run_experiment
 import runs
 import shards
-from configurator import SCRIPTS, be_patient, configure
+from configurator import SCRIPTS, Patient, configure
 from test_train import (ENV, HERE, TINY, command, dataset, refuses, run,         # noqa: F401 (dataset is a fixture)
                         spawn, succeeds)
 
@@ -132,8 +131,9 @@ def test_rows_on_disk(workspace, tmp_path):
         runs.read_rows(f'{tmp_path}/old')
     some = shutil.copytree('out/tiny/mha_shuffled_kept', tmp_path / 'some')
     assert runs.read_rows(some) == (None, [])
-    _, rows = runs.gather(some, place=f'{tmp_path}/published')
-    assert os.listdir(tmp_path / 'published') == ['runs.jsonl.xz'] and len(rows) == 3
+    header, rows = runs.gather(some, place=f'{tmp_path}/published')
+    assert os.listdir(tmp_path / 'published') == ['runs.jsonl.xz']         # and none of an older version
+    assert header['compare']['base'] == 'shuffled' and len(rows) == 3
     assert runs.read_rows(some)[1] == runs.read_rows(f'{tmp_path}/published')[1] == rows
     for size in (200, 20):
         os.truncate(tmp_path / 'published/runs.jsonl.xz', size)
@@ -199,18 +199,15 @@ def test_experiment_goes_on_where_it_stopped(workspace):
         row['mean']['score_p'] = 99.0
         runs.write_json(f'{folder}/row.json', row | {'measures_version': 0})
     os.remove(f'{kept}/ckpt.pt')
-    shown = succeeds(on_terminal('tiny.py', '--seeds=0,1', '--jobs=2')).stdout
+    line = shlex.join(command('run_experiment.py', 'tiny.py', '--seeds=0,1', '--jobs=2'))
+    on_terminal = ['script', '--quiet', '--return', '--command', f'stty rows 40 cols 150; {line}', '/dev/null']
+    shown = succeeds(spawn(on_terminal)).stdout
     assert '14/14 [' in shown and 'out/tiny/mha_shuffled_' in shown, shown     # drope: 6 steps, 2; 6
     assert 'val loss' not in shown and '| mha_topic_c4_drope ' in shown        # one bar, then the report
     after = without(rows_of('out/tiny'), 'seconds')
     assert after.pop(('mha_topic_c4_kept', 1, 6))['measures_version'] == 0
     assert after.items() <= before.items() and len(after) == 39                # the same seed, the same run
     assert re.search(r'\| mha_topic_c4_kept +(\|[^|]+){4}\| — ', open('out/tiny/summary.md').read())       # P
-
-def on_terminal(*args):
-    """An experiment on a terminal; what is shown there is its output."""
-    line = shlex.join(command('run_experiment.py', *args))
-    return spawn(['script', '--quiet', '--return', '--command', f'stty rows 40 cols 150; {line}', '/dev/null'])
 
 ONE_ARM = ['tiny.py', '--arms=mha_shuffled', '--recal_iters=2']
 
@@ -240,13 +237,12 @@ def test_sigterm_ends_the_children_too(workspace):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
-def test_sizes_nobody_thought_of(workspace, monkeypatch, capfd):
+def test_sizes_nobody_thought_of(workspace, capfd):
     """Rows shorter than the least distance of P; more topics than the width of the states, and than colours. And
     numbers come before pictures: they are there where those can't be drawn."""
     odd = [*ONE_ARM, '--n_topics=11', '--vocab_size=44', '--block_size=12', '--min_segment_len=2', '--n_embd=6',
            '--data_dir=data/odd', '--out_dir=out/odd']
-    with monkeypatch.context() as patch:
-        patch.setattr(plot, 'main', Mock(side_effect=OSError(28, 'No space left on device')))
+    with patch.object(plot, 'main', side_effect=OSError(28, 'No space left on device')):
         refuses(run('run_experiment.py', *odd), 'No space left')
     assert '| mha_shuffled_rope ' in open('out/odd/summary.md').read()
     row = runs.read_row('out/odd/mha_shuffled_rope/seed0')
@@ -258,7 +254,7 @@ def test_sizes_nobody_thought_of(workspace, monkeypatch, capfd):
     workers = capfd.readouterr()
     assert 'Warning' not in workers.err and 'P —' in workers.out
 
-def test_output_stops_nothing(workspace, monkeypatch):
+def test_output_stops_nothing(workspace):
     """A reader that has left, a full disk, closed streams, ASCII alone: the report is written all the same."""
     line = shlex.join(command('run_experiment.py', *ONE_ARM, '--out_dir=out/told', '--publish=True'))
     for streams, unbuffered in (('2>&1 | head -c 1', ''), ('> /dev/full 2>&-', '1')):          # to write, or to flush
@@ -267,11 +263,8 @@ def test_output_stops_nothing(workspace, monkeypatch):
         done = succeeds(spawn(told, env={'PYTHONUNBUFFERED': unbuffered}))
         assert not done.stderr and os.path.exists('out/told/summary.md'), done.stderr
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
-    monkeypatch.setattr(sys, 'stdout', ascii_only)
-    monkeypatch.setattr(sys, 'stderr', sys.stderr)
-    be_patient()
-    print('—')
-    assert ascii_only.buffer.getvalue() == b'' and sys.stdout.flush() is None and ascii_only.buffer.getvalue() == b'?\n'
+    print('—', file=Patient(ascii_only), flush=True)
+    assert ascii_only.buffer.getvalue() == b'?\n'
 
 # -----------------------------------------------------------------------------
 # rows and names
@@ -387,13 +380,11 @@ def test_bad_runs(dataset, tmp_path):
     open(f'{out}/config.json', 'w').write('{"hidden_size": 16}')
     refuses(run('drope.py', f'--run={out}'), 'config.json', 'not of one of our runs')
 
-def test_divergence_memory_and_compile_stop_with_one_line(dataset, tmp_path):
-    good = [*TINY, f'--data_dir={dataset}', '--eval_interval=5']
-    args = {'a': ('--max_iters=40', '--muon_lr=1e30'), 'b': ('--max_iters=4', '--mlp_hidden=2000000000')}
-    refuses(run('train.py', *good, *args['a'], f'--run={tmp_path}/a'), 'loss is', 'step', '--muon_lr')
-    refuses(run('train.py', *good, *args['b'], f'--run={tmp_path}/b'), 'out of memory', '--grad_accum')
-    line = command('train.py', *good, '--max_iters=4', '--compile=True', f'--run={tmp_path}/c')
-    done = spawn(line, env={'CXX': '/nonexistent', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')})
+def test_divergence_memory_and_compile_stop_with_one_line(workspace, tmp_path):
+    refuses(run('train.py', 'tiny.py', '--run=out/a', '--muon_lr=1e30'), 'loss is', 'step', '--muon_lr')
+    refuses(run('train.py', 'tiny.py', '--run=out/b', '--mlp_hidden=2000000000'), 'out of memory', '--grad_accum')
+    line = command('train.py', 'tiny.py', '--run=out/c', '--compile=True')
+    done = spawn(line, env={'CXX': '/nonexistent', 'TORCHINDUCTOR_CACHE_DIR': f'{tmp_path}/cache'})
     refuses(done, 'torch.compile failed', '--compile=False')
 
 def test_no_file_is_wide():

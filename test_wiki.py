@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import types
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -29,9 +30,8 @@ SMALL = ['--embedder=lsa', '--n_topics=3', '--vocab_size=400', '--block_size=96'
 def numbered(texts):
     return [{'id': i, 'url': '', 'title': f'Article {i}', 'text': text} for i, text in enumerate(texts)]
 
-def write(tmp, texts, name='articles.jsonl'):
-    with open(tmp / name, 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(row) + '\n' for row in numbered(texts))
+def write(tmp, texts):
+    (tmp / 'articles.jsonl').write_text('\n'.join(map(json.dumps, numbered(texts))))
 
 def make_texts(n=90, seed=0, letters='abcdefghijklmnoprstu', space=' '):
     """n texts in three made-up languages, and which."""
@@ -180,17 +180,15 @@ def test_tokenizer(tmp_path):
     encode = Tokenizer.from_file(f'{tmp_path}/data/tokenizer.json').encode
     assert len(encode(' xyzzyt').ids) == 1 and len(encode(' xyzzyv').ids) > 1
 
-def test_done(made, tmp_path, monkeypatch):
+def test_done(made, tmp_path):
     """What is done is skipped, and what other parameters leave as it is reused; what others left is not touched."""
     tmp = shutil.copytree(made, tmp_path / 'copy')
-    with monkeypatch.context() as patch:
-        for name in ('clean', 'lsa'):
-            patch.setattr(prepare_wiki, name, None)                            # would be a TypeError
+    with patch.multiple(prepare_wiki, clean=None, lsa=None):                   # would be a TypeError
         make(tmp)                                                              # the dataset is there
         make(tmp, '--n_topics=2', f'--data_dir={tmp}/two')
-        patch.setattr(prepare_wiki, 'CLEANING', 99)
-        with pytest.raises(SystemExit, match='other parameters.*n_topics is 3 there, 2 here.*cleaning is 2 there, 99'):
-            make(tmp, '--n_topics=2')
+    differ = 'other parameters.*n_topics is 3 there, 2 here.*cleaning is 2 there, 99'
+    with patch.object(prepare_wiki, 'CLEANING', 99), pytest.raises(SystemExit, match=differ):
+        make(tmp, '--n_topics=2')
     shutil.rmtree(tmp / 'data')
     strange = []
     for folder in glob.glob(f'{tmp}/work/*/'):
@@ -252,7 +250,7 @@ def test_killed_anywhere(fresh):
     arrays = [line for line in log if line.endswith('.npy')]
     assert log.count('article') == 2 * 94 and len(set(arrays)) == 3 + 3 + 4 and len(arrays) == 2 * len(set(arrays))
 
-def test_topics_from(made, fresh, monkeypatch):
+def test_topics_from(made, fresh):
     """The topics of another run, without its vectors: the same to the byte; of other articles: refused."""
     os.mkdir(fresh / 'published')
     for name in ('clusters.json', 'topics.md'):                                # what results/ keeps of a dataset
@@ -261,8 +259,8 @@ def test_topics_from(made, fresh, monkeypatch):
     refused('has 3 topics of 90 other articles, not n_topics = 2 of these 90', fresh, flag, '--n_topics=2')
     refused('no topics there', fresh, f'--topics_from={fresh}')
     refused('of 90 other articles, not n_topics = 3 of these 89', fresh, flag, '--max_articles=89')
-    monkeypatch.setattr(prepare_wiki, 'vectors', None)                         # would be an AttributeError
-    make(fresh, flag, '--embedder=./no_model')
+    with patch.object(prepare_wiki, 'vectors', None):                          # would be an AttributeError
+        make(fresh, flag, '--embedder=./no_model')
     assert same(made / 'data', fresh / 'data')
 
 def test_local_sources(made, fresh):
