@@ -109,7 +109,6 @@ def test_values_of_a_row():
     assert value(r, 'probe.accuracy') == 0.9 and value(r, 'probe.references.untrained') == 0.15
     assert value(r, 'probe.references.ceiling') is None and value(r, 'entropy_last') == 3
     assert value(row('pseudo', 'rope', probe=(0, 0.1, 0.2, 0.3)), 'probe') == 0.1      # three layers: after the first
-
     assert value(r | {'measures_version': 1}, 'score_p') is None           # this row's P was defined otherwise
     assert '—' == cells(report.summary(HEADER, [r | {'measures_version': 1}]), 'mha_topic_c4_drope')[4]
 
