@@ -1,7 +1,6 @@
 """Statistics, tables and figures, from rows made by hand."""
 import base64
 import itertools
-import os
 import zlib
 
 import numpy as np
@@ -53,9 +52,7 @@ def test_interval_and_sign_flips():
     assert report.t_interval([2.0]) == (2, None, None)
     # three names, two seeds, nine patterns: a mean of 2 is reached by itself and, with the other sign, by (-2, -2)
     assert exchange_p([[2, -2, 0], [2, -2, 0]]) == pytest.approx(2 / 9)
-
-def test_many_seeds_are_sampled():
-    """Beyond 2^16 patterns the flips are drawn: an effect and none are told apart as by the t-test."""
+    # beyond 2^16 patterns they are drawn: an effect and none are told apart as by the t-test
     assert len(patterns(20, 2)) == len(patterns(11, 3)) == 2 ** 16 and not patterns(20, 2)[0].any()
     assert len(patterns(3, 2)) == 8 and len({*map(tuple, patterns(4, 3))}) == 81
     x = np.random.default_rng(1).normal(0.45, 1, 20)
@@ -86,7 +83,8 @@ def test_fieller():
     assert (low, high) == pytest.approx((brentq(p, -9, ratio), brentq(p, ratio, 99)))
     y -= 0.9
     assert report.fieller(dict(enumerate(x)), dict(enumerate(y)))[1:] == (None, None) and p(1e6) > 0
-    assert report.fieller({0: 1.0}, {0: 2.0}) == (None, None, None)
+    for y in ({0: 2.0}, {0: 0.0, 1: 0.0}):
+        assert report.fieller({0: 1.0, 1: 2.0}, y) == (None, None, None)
 
 def test_max_t():
     rng = np.random.default_rng(0)
@@ -111,7 +109,6 @@ def test_values_of_a_row():
     assert value(r, 'probe.accuracy') == 0.9 and value(r, 'probe.references.untrained') == 0.15
     assert value(r, 'probe.references.ceiling') is None and value(r, 'entropy_last') == 3
     assert value(row('pseudo', 'rope', probe=(0, 0.1, 0.2, 0.3)), 'probe') == 0.1      # three layers: after the first
-
     assert value(r | {'measures_version': 1}, 'score_p') is None           # this row's P was defined otherwise
     assert '—' == cells(report.summary(HEADER, [r | {'measures_version': 1}]), 'mha_topic_c4_drope')[4]
 
@@ -201,13 +198,6 @@ def test_level_and_power(measure):
     e = compared(three_runs(rng, topic=1.0), TOPIC, 'rope', measure)
     assert e['p'] < 0.05 and e['low'] > 0
 
-@pytest.mark.parametrize('seeds', [6, 12])
-def test_no_shuffle_is_the_first(seeds):
-    rows = three_runs(np.random.default_rng(1), seeds)
-    for measure in report.PAIRS:
-        a, b = (compared(rows, contrast, 'rope', measure) for contrast in (TOPIC, SWAPPED))
-        assert (a['mean'], a['p']) == pytest.approx((b['mean'], b['p'])) and a['n'] == seeds
-
 def test_profile_and_cka_by_hand():
     rows = three_runs(np.random.default_rng(2), seeds=2)
     c = [np.log(1 - x) for x in (*rows[0]['cka'].values(), *rows[1]['cka'].values())]
@@ -224,6 +214,10 @@ def test_profile_and_cka_by_hand():
     two = [r for r in rows if r['order'] != 'reshuffled']
     assert compared(two, TOPIC, 'rope', 'cka')['n'] == 0                   # not from one shuffle
     assert np.isnan(report.alike({}, rows[0], 'profile'))                  # not analysed yet
+    many = three_runs(np.random.default_rng(1), 12)                        # so many that exchanges are drawn
+    for measure in report.PAIRS:                                           # and no shuffle is the first
+        a, b = (compared(many, contrast, 'rope', measure) for contrast in (TOPIC, SWAPPED))
+        assert (a['mean'], a['p']) == pytest.approx((b['mean'], b['p'])) and a['n'] == 12
 
 def test_equal_loss():
     """Arms that differ in loss alone do not differ at equal loss; a shift of the measure is found; no extrapolation."""
@@ -295,10 +289,9 @@ def written(folder, seeds):
                 rows += [made_up(order, where, seed, 5), made_up(order, where, seed, 9, main=False)]
     pixels = base64.b64encode(zlib.compress(np.eye(8, dtype=np.uint8).tobytes())).decode()
     example = {'layer': 1, 'head': 2, 'score_p': None, 'topics': [0, 0, 8, 8, 8, 1, 1, 1], 'uint8': pixels}
-    compare = COMPARE | {'primary': ['score_p', 'reverse', 'drope']}
-    header = HEADER | {'compare': compare}
-    runs.write_text(os.path.join(folder, 'runs.jsonl'), runs.dump_rows(header, rows))
-    runs.write_json(os.path.join(folder, 'examples.json'), {'mha_reverse_rope': example})
+    header = HEADER | {'compare': COMPARE | {'primary': ['score_p', 'reverse', 'drope']}}
+    runs.write_text(f'{folder}/runs.jsonl', runs.dump_rows(header, rows))
+    runs.write_json(f'{folder}/examples.json', {'mha_reverse_rope': example})
     return plot.load(str(folder))
 
 @pytest.mark.parametrize('seeds', [(0, 1), (3,)])
@@ -309,7 +302,8 @@ def test_every_figure_is_drawn(tmp_path, seeds):
     assert len(sizes) == 8 and min(sizes) > 5000
 
 def test_figures_show_the_rows(tmp_path):
-    """P of a head is the mean over seeds at its place, the order begins at step 0, effects are report.py's."""
+    """P of a head is the mean over seeds at its place, the order begins at step 0, effects and course are
+    report.py's."""
     exp = written(tmp_path, seeds=(0, 1))
     panels = [ax for ax in plot.plot_heads(exp).axes if ax.get_title().startswith('mha_reverse_drope')]
     assert np.ma.allclose(panels[0].images[0].get_array()[:, [0, 2]], [[0.05, 0.3], [0.1, 0.4]]) and len(panels) == 1
@@ -322,9 +316,7 @@ def test_figures_show_the_rows(tmp_path):
     marks = {tuple(line.get_xydata()[0]) for line in panel.lines if len(line.get_xdata()) == 1}
     assert {y for _, y in marks} == set(range(len(labels)))
     assert (len('reverse') - len('shuffled'), labels.index('mha_reverse - mha_shuffled, alibi')) in marks
-
-def test_course_shows_the_primary_beside_its_control(tmp_path):
-    ax, = plot.plot_course(written(tmp_path, seeds=(0, 1))).axes
+    ax, = plot.plot_course(exp).axes                        # the primary measure, beside the control with RoPE kept
     shown = dict(zip(*reversed(ax.get_legend_handles_labels())))
     of = 'mha_reverse - mha_shuffled, '
     assert shown.keys() == {of + 'rope', of + 'kept', of + 'drope', 'mha_pseudo - mha_shuffled, drope'}

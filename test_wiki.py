@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import types
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -29,9 +30,8 @@ SMALL = ['--embedder=lsa', '--n_topics=3', '--vocab_size=400', '--block_size=96'
 def numbered(texts):
     return [{'id': i, 'url': '', 'title': f'Article {i}', 'text': text} for i, text in enumerate(texts)]
 
-def write(tmp, texts, name='articles.jsonl'):
-    with open(tmp / name, 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(row) + '\n' for row in numbered(texts))
+def write(tmp, texts):
+    (tmp / 'articles.jsonl').write_text('\n'.join(map(json.dumps, numbered(texts))))
 
 def make_texts(n=90, seed=0, letters='abcdefghijklmnoprstu', space=' '):
     """n texts in three made-up languages, and which."""
@@ -180,17 +180,15 @@ def test_tokenizer(tmp_path):
     encode = Tokenizer.from_file(f'{tmp_path}/data/tokenizer.json').encode
     assert len(encode(' xyzzyt').ids) == 1 and len(encode(' xyzzyv').ids) > 1
 
-def test_done(made, tmp_path, monkeypatch):
+def test_done(made, tmp_path):
     """What is done is skipped, and what other parameters leave as it is reused; what others left is not touched."""
     tmp = shutil.copytree(made, tmp_path / 'copy')
-    with monkeypatch.context() as patch:
-        for name in ('clean', 'lsa'):
-            patch.setattr(prepare_wiki, name, None)                            # would be a TypeError
+    with patch.multiple(prepare_wiki, clean=None, lsa=None):                   # would be a TypeError
         make(tmp)                                                              # the dataset is there
         make(tmp, '--n_topics=2', f'--data_dir={tmp}/two')
-        patch.setattr(prepare_wiki, 'CLEANING', 99)
-        with pytest.raises(SystemExit, match='other parameters.*n_topics is 3 there, 2 here.*cleaning is 2 there, 99'):
-            make(tmp, '--n_topics=2')
+    differ = 'other parameters.*n_topics is 3 there, 2 here.*cleaning is 2 there, 99'
+    with patch.object(prepare_wiki, 'CLEANING', 99), pytest.raises(SystemExit, match=differ):
+        make(tmp, '--n_topics=2')
     shutil.rmtree(tmp / 'data')
     strange = []
     for folder in glob.glob(f'{tmp}/work/*/'):
@@ -238,7 +236,7 @@ def kill_everywhere(tmp):
             os._exit(0)
         return os.waitpid(child, 0)[1]
     assert in_child(f'--data_dir={tmp}/whole', f'--work_dir={tmp}/whole_work') == 0
-    os.replace = replace
+    os.replace = os.rename = replace
     prepare_wiki.article = lambda record: [tell('article'), article(record)][1]
     assert any(in_child() == 0 for _ in range(60))
 
@@ -247,11 +245,12 @@ def test_killed_anywhere(fresh):
     call = f'import test_wiki; test_wiki.kill_everywhere({str(fresh)!r})'      # in a process that forks: of one thread
     succeeds(spawn([sys.executable, '-c', call], HERE))
     assert same(fresh / 'data', fresh / 'whole')
+    assert len(glob.glob(f'{fresh}/data.tmp-*')) == 2      # before meta.json was there, and before the folder's name
     log = open(fresh / 'log').read().splitlines()
     arrays = [line for line in log if line.endswith('.npy')]
     assert log.count('article') == 2 * 94 and len(set(arrays)) == 3 + 3 + 4 and len(arrays) == 2 * len(set(arrays))
 
-def test_topics_from(made, fresh, monkeypatch):
+def test_topics_from(made, fresh):
     """The topics of another run, without its vectors: the same to the byte; of other articles: refused."""
     os.mkdir(fresh / 'published')
     for name in ('clusters.json', 'topics.md'):                                # what results/ keeps of a dataset
@@ -260,8 +259,8 @@ def test_topics_from(made, fresh, monkeypatch):
     refused('has 3 topics of 90 other articles, not n_topics = 2 of these 90', fresh, flag, '--n_topics=2')
     refused('no topics there', fresh, f'--topics_from={fresh}')
     refused('of 90 other articles, not n_topics = 3 of these 89', fresh, flag, '--max_articles=89')
-    monkeypatch.setattr(prepare_wiki, 'vectors', None)                         # would be an AttributeError
-    make(fresh, flag, '--embedder=./no_model')
+    with patch.object(prepare_wiki, 'vectors', None):                          # would be an AttributeError
+        make(fresh, flag, '--embedder=./no_model')
     assert same(made / 'data', fresh / 'data')
 
 def test_local_sources(made, fresh):
@@ -319,14 +318,13 @@ def test_bad_lines(content, match, tmp_path):
 def test_bad_files(tmp_path):
     with runs.locked(tmp_path / 'work'):
         refused('another process is at work there', tmp_path)
-    refused('nothing/here/at/all: cannot be read', tmp_path, '--source=nothing/here/at/all')
-    refused('cannot be written', tmp_path, f'--work_dir={__file__}/work')
     pq.write_table(pa.table({'id': ['1'], 'body': ['x']}), tmp_path / 'x.parquet')
     refused("x.parquet: cannot be read (KeyError: 'title'", tmp_path, f'--source={tmp_path}/x.parquet')
     (tmp_path / 'cut.parquet').write_bytes((tmp_path / 'x.parquet').read_bytes()[:-40])
     refused('cut.parquet: cannot be read', tmp_path, f'--source={tmp_path}/cut.parquet')
 
 @pytest.mark.parametrize('flag, match', [
+    ('source=nowhere/at/all', 'nowhere/at/all: cannot be read'), (f'work_dir={__file__}/x', 'cannot be written'),
     ('embedder=./no_model', 'of no use here'), ('min_segment_len=60', 'what fits 4 times in 97 tokens'),
     ('max_segments=1', 'max_segments = 1'), ('min_segments=5', 'min_segments = 5, max_segments = 4'),
     ('val_share=0.001', 'val_share = 0.001'), ('val_share=0.999', 'val_share = 0.999'), ('block_size=9000', 'one row')])
@@ -368,10 +366,9 @@ def test_sample(experiment):
     assert texts('--temperature=1e-40') == texts('--temperature=0')
     refuses(run('sample.py', *flags, '--prompt=', cwd=experiment), 'prompt is empty')
     path = f'{experiment}/data/wiki_small/meta.json'
-    meta = runs.read_json(path)
-    meta['files']['train.bin']['sha256'] = 'f' * 64                            # made again, with another tokenizer
-    runs.write_json(path, meta)
-    refuses(run('sample.py', *flags, cwd=experiment), 'another dataset')
+    runs.write_json(path, runs.read_json(path) | {'files': {}})                # as if made again, of other bytes
+    for script in ('sample.py', 'drope.py'):
+        refuses(run(script, flags[0], cwd=experiment), 'another dataset')
 
 @pytest.mark.skipif(not {'WIKI_ARTICLES', 'MINILM_PATH'} <= {*os.environ}, reason='WIKI_ARTICLES or MINILM_PATH unset')
 def test_real(tmp_path):
