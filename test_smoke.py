@@ -5,6 +5,7 @@ import io
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
