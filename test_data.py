@@ -200,7 +200,7 @@ def test_there_already_or_with_other_parameters(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ['.seed0.lock', 'seed0'] and 'seed0' not in os.listdir(tmp_path / 'seed0')
     (tmp_path / 'seed1').mkdir()
     refused('is no dataset', build, tmp_path, '--seed=1')
-    refused('cannot be written', shards.is_there, '/proc/x', META)             # where even root may not write
+    refused('cannot be written', build, '/proc/x')         # where even root may not write
 
 META = {'vocab_size': 10, 'block_size': 4, 'n_topics': 2}       # somebody's own labelled tokens: rows of 5
 OWN = {'train': np.arange(30).reshape(6, 5) % 10, 'train_topics': np.arange(30).reshape(6, 5) % 2,
