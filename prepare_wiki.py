@@ -395,10 +395,9 @@ def main(cfg):
         raise SystemExit(f'min_segments = {cfg.min_segments}, max_segments = {cfg.max_segments}, min_segment_len = '
                          f'{cfg.min_segment_len}: choose what fits {most} times in {cfg.block_size + 1} tokens')
     meta = parameters(cfg)
-    with locked(cfg.data_dir):                              # stops here, not after hours, where it cannot be written
-        if not shards.is_there(cfg.data_dir, meta):
-            with locked(cfg.work_dir):
-                prepare(cfg, meta)
+    if not shards.is_there(cfg.data_dir, meta):
+        with locked(cfg.work_dir), locked(cfg.data_dir):    # stops here, not after hours, where it cannot be written
+            prepare(cfg, meta)
     return cfg.data_dir
 
 def prepare(cfg, meta):

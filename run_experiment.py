@@ -221,6 +221,11 @@ def leave(*_):
     ended = True
     raise SystemExit
 
+def kill(workers):
+    """Ends processes that a compiler, say, keeps from ending themselves."""
+    for worker in workers:
+        worker.kill()
+
 def watch(bar, mine):
     """Moves the bar to the steps that are made, and names the runs that have begun and have no row yet."""
     steps, now = 0, []
@@ -266,10 +271,10 @@ def run_arms(cfg, todo, plan):
         workers = multiprocessing.active_children()
         for worker in workers:
             worker.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.join(10)
-            worker.kill()                                   # where a compiler, say, keeps it from ending itself
+        killer = threading.Timer(10, kill, [workers])
+        killer.start()
+        pool.shutdown(cancel_futures=True)
+        killer.cancel()
 
 # -----------------------------------------------------------------------------
 # the end

@@ -314,9 +314,10 @@ def test_drop_and_kept_control(dataset, tmp_path):
     """The dropped and the kept run read the same rows at the same rates and differ in RoPE alone."""
     parent = f'{tmp_path}/mha_shuffled_rope/seed0'
     succeeds(run('train.py', *TINY, f'--data_dir={dataset}', f'--run={parent}', '--max_iters=40'))
-    for keep in (False, True):
-        succeeds(run('drope.py', f'--run={parent}', '--recal_iters=0.5,4,0', f'--keep_rope={keep}'))
     drope, kept = f'{tmp_path}/mha_shuffled_drope/seed0', f'{tmp_path}/mha_shuffled_kept/seed0'
+    for keep in (False, True):
+        assert not os.path.exists(kept)
+        succeeds(run('drope.py', f'--run={parent}', '--recal_iters=0.5,4,0', f'--keep_rope={keep}'))
     for sub, steps in (('', 20), ('/recal_4', 4)):
         a, b = (read_json(f + sub + '/config.json') for f in (drope, kept))
         assert {k for k in a if a[k] != b[k]} == {'rope', 'keep_rope'} and a['max_iters'] == steps

@@ -318,6 +318,7 @@ def test_bad_lines(content, match, tmp_path):
 def test_bad_files(tmp_path):
     with runs.locked(tmp_path / 'work'):
         refused('another process is at work there', tmp_path)
+    refused('x: cannot be written', tmp_path, f'--data_dir={__file__}/x')       # at once: there are no articles
     pq.write_table(pa.table({'id': ['1'], 'body': ['x']}), tmp_path / 'x.parquet')
     refused("x.parquet: cannot be read (KeyError: 'title'", tmp_path, f'--source={tmp_path}/x.parquet')
     (tmp_path / 'cut.parquet').write_bytes((tmp_path / 'x.parquet').read_bytes()[:-40])

@@ -123,7 +123,7 @@ def compiled(model):
     from torch._dynamo import config                        # only here: it takes a while
     from torch._inductor.config import triton
     config.recompile_limit = 64                             # an experiment has more shapes than the default of 8
-    triton.autotune_pointwise = False                       # a sixth of the first step, for nothing in the others
+    triton.autotune_pointwise = False                       # seconds of the first step, for nothing in the others
     return functools.partial(
         model, embed=torch.compile(Qwen3.embed), call_block=torch.compile(Block.forward),
         losses=torch.compile(Qwen3.losses, options={'online_softmax': False}))   # faster without, here
