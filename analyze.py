@@ -113,7 +113,9 @@ def pass_over(model, rows, allowed=None, causal=True):
                     z = rows.topics[b[g::GROUPS]]
                     part = measures.attention_sums(pattern[g::GROUPS], z, allowed[depth - 1])
                     groups[g] = measures.add(groups[g], part)
-    joined = [list(map(torch.cat, zip(*batches))) for batches in states]
+    joined = []
+    for parts in states:
+        joined.append([torch.cat(split) for split in zip(*parts)])
     return joined, sums, torch.cat(middle)
 
 def scores(sums, which):

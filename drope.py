@@ -86,14 +86,16 @@ def recalibrations(cfg, parent, data_dir, meta):
     then with it. [] where it has other positions, which are not dropped: their names would be RoPE's. data_dir, meta:
     of the rows they read.
     """
+    if columns(parent)['positions'] != 'rope':
+        return []
+    plan = schedules(cfg, parent['max_iters'])
     found = []
-    if columns(parent)['positions'] == 'rope':
-        plan = schedules(cfg, parent['max_iters'])
-        for (steps, scale), keep_rope in product(plan, (False, True)):
-            if steps or not keep_rope:                      # kept and trained no further is the parent
-                further = None if steps == plan[0][0] else steps
-                config = recal_config(parent, cfg.run, steps, keep_rope, scale, data_dir, meta)
-                found.append((recal_folder(cfg.run, keep_rope, further), config))
+    for (steps, scale), keep_rope in product(plan, (False, True)):
+        if keep_rope and not steps:
+            continue                                        # kept and trained no further is the parent
+        further = None if steps == plan[0][0] else steps
+        config = recal_config(parent, cfg.run, steps, keep_rope, scale, data_dir, meta)
+        found.append((recal_folder(cfg.run, keep_rope, further), config))
     return found
 
 def recalibrate(cfg, folder, c, data):

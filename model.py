@@ -122,8 +122,8 @@ class Qwen3(nn.Module):
     """
     vocab_size, block_size: tokens. n_head query heads share n_kv_head key-value heads (equal: MHA; fewer: GQA).
     rope: whether positions are rotated in; may be switched on a trained model, which is all that DroPE does to it.
-    seed: of the weights, which are drawn on the CPU (normal, sd 0.02; norm gains 1). others: what
-    else a run's config holds, passed over.
+    seed: of the weights, which are drawn on the CPU (normal, sd 0.02; norm gains 1).
+    others: what else a run's config holds, passed over.
     """
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_kv_head, n_embd, head_dim, mlp_hidden,
                  rope=True, rope_theta=1e6, seed=0, **others):

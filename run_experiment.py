@@ -189,7 +189,7 @@ def run_arm(cfg, arm, seed):
                     train.main(train_stage(cfg, arm, seed))
                 else:
                     data = train.read_data(run.config, run.folder)
-                    drope.recalibrate(stage(cfg, 'drope.py', run=parent.folder), *run, data)
+                    drope.recalibrate(stage(cfg, 'drope.py', run=parent.folder), run.folder, run.config, data)
             analyze.main(stage(cfg, 'analyze.py', run=run.folder))
     collect(cfg)
 

@@ -120,10 +120,10 @@ def lr_scale(step, c):
 
 def compiled(model):
     """The model's losses, compiled once for all models of its shape, and its blocks, the same code, once for all."""
-    from torch._dynamo import config                        # only here: it takes a while
-    from torch._inductor.config import triton
-    config.recompile_limit = 64                             # an experiment has more shapes than the default of 8
-    triton.autotune_pointwise = False                       # seconds of the first step, for nothing in the others
+    import torch._dynamo                                    # only here: they take a while
+    import torch._inductor.config
+    torch._dynamo.config.recompile_limit = 64               # an experiment has more shapes than the default of 8
+    torch._inductor.config.triton.autotune_pointwise = False    # seconds of the first step, nothing in the others
     return functools.partial(
         model, embed=torch.compile(Qwen3.embed), call_block=torch.compile(Block.forward),
         losses=torch.compile(Qwen3.losses, options={'online_softmax': False}))   # faster without, here
